@@ -1,0 +1,1 @@
+"""Vector quantization of trained JAX models as pure transforms over parameter pytrees."""
