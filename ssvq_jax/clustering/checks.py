@@ -1,0 +1,103 @@
+"""Refusal of input that is no clustering problem, each time with what to change.
+
+Shapes and dtypes are checked always, values only where they are known: under `jax.jit`, `jax.vmap`
+and `jax.lax.map` the caller has to vouch for them.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+
+
+def check_points(
+    points: Float[Array, "n d"],
+    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    mask: Bool[Array, "n d"] | None,
+) -> None:
+    """Checks sub-vectors and the weights and mask that go with them.
+
+    Raises:
+        ValueError: for a shape, dtype or known value that cannot be meant.
+    """
+    _check_float("points", points)
+    if points.ndim != 2 or points.shape[1] < 1:
+        raise ValueError(
+            f"points: shape {points.shape}: pass [n, d], a sub-vector of width d >= 1 a row"
+        )
+    _check_finite("points", points)
+    if weights is not None:
+        _check_float("weights", weights)
+        if weights.shape not in (points.shape[:1], points.shape):
+            raise ValueError(
+                f"weights: shape {weights.shape}: pass {points.shape[:1]}, one a sub-vector, "
+                f"or {points.shape}, one an element"
+            )
+        _check_finite("weights", weights)
+        known = _known(weights)
+        if known is not None and (known < 0).any():
+            raise ValueError("weights: negative entries: pass weights of zero or more")
+    if mask is not None:
+        if mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"mask: dtype {mask.dtype} is not bool: pass bool, True where it counts"
+            )
+        if mask.shape != points.shape:
+            raise ValueError(
+                f"mask: shape {mask.shape}: pass {points.shape}, the shape of the points"
+            )
+
+
+def check_mass(
+    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    mask: Bool[Array, "n d"] | None,
+) -> None:
+    """Checks that some element has a weight; `check_points` has passed before.
+
+    Raises:
+        ValueError: if weights, mask, or both together leave nothing to cluster.
+    """
+    known_weights, known_mask = _known(weights), _known(mask)
+    if known_weights is not None and not (known_weights > 0).any():
+        raise ValueError("weights: all zero: give at least one sub-vector a positive weight")
+    if known_mask is not None and not known_mask.any():
+        raise ValueError("mask: False everywhere: leave at least one element unmasked")
+    if known_weights is not None and known_mask is not None:
+        rows = known_weights if known_weights.ndim == 2 else known_weights[:, None]
+        if not ((rows > 0) & known_mask).any():
+            raise ValueError("weights: zero wherever mask is True: weight an unmasked element")
+
+
+def check_centroids(name: str, centroids: Float[Array, "k d"], points: Float[Array, "n d"]) -> None:
+    """Checks centroids that the caller gave against the points.
+
+    Raises:
+        ValueError: for a shape, dtype or known value that cannot be meant.
+    """
+    _check_float(name, centroids)
+    width = points.shape[1]
+    if centroids.ndim != 2 or centroids.shape[0] < 1 or centroids.shape[1] != width:
+        raise ValueError(
+            f"{name}: shape {centroids.shape}: pass [k, {width}] with k >= 1, "
+            f"as wide as the points {points.shape}"
+        )
+    _check_finite(name, centroids)
+
+
+def _check_float(name: str, values: Array) -> None:
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(f"{name}: dtype {values.dtype} is not float: pass e.g. astype(float32)")
+
+
+def _check_finite(name: str, values: Array) -> None:
+    known = _known(values)
+    if known is not None and not np.isfinite(known).all():
+        raise ValueError(f"{name}: NaN or infinity: replace those entries or leave them out")
+
+
+def _known(values: Array | None) -> np.ndarray | None:
+    """The values, or None where there are none or they are traced.
+
+    NumPy looks at them, since every jax function would be compiled for every new shape.
+    """
+    return None if values is None or isinstance(values, Tracer) else np.asarray(values)

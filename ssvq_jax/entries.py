@@ -1,0 +1,123 @@
+"""What one quantizer call of a plan covers: one leaf, or the leaves that share a codebook."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ssvq_jax.blocks import BlockLayout
+from ssvq_jax.quantizers import Quantizer, Storage
+from ssvq_jax.quantizers.codebook import CodebookQuantizer
+from ssvq_jax.recipe import Rule
+from ssvq_jax.tree import LeafSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One compressed leaf.
+
+    Attributes:
+        name: key in the collections ``vq`` and ``vq_state``; the leaf path.
+        quantizer: the method, as it is called with `spec`.
+        leaves: the leaves of the user's tree; here one.
+    """
+
+    name: str
+    quantizer: Quantizer
+    leaves: tuple[LeafSpec, ...]
+
+    @property
+    def spec(self) -> LeafSpec:
+        """What the quantizer sees."""
+        return self.leaves[0]
+
+    @property
+    def storage(self) -> Storage:
+        """Stored bits by field."""
+        return self.quantizer.storage(self.spec)
+
+    def check(self) -> None:
+        """Raises ValueError, naming the leaf, if the quantizer cannot take it."""
+        self.quantizer.check(self.spec)
+
+    def gather(self, arrays: Mapping[str, Any]) -> Float[Array, "..."]:
+        """Takes the entry's weight out of arrays by leaf path, in the shape of `spec`."""
+        return jnp.asarray(arrays[self.name])
+
+    def scatter(self, weight: Float[Array, "..."]) -> dict[str, Array]:
+        """Inverts `gather`."""
+        return {self.name: weight}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedEntry(Entry):
+    """Leaves that share a codebook: to the quantizer, one weight of all their sub-vectors.
+
+    Attributes:
+        name: key in the collections: the name of the share.
+        quantizer: the method; it cuts the joined sub-vectors ``[n, d]`` along their last axis.
+        leaves: the leaves of the user's tree.
+        axis: the axis along which the leaves themselves are cut.
+    """
+
+    quantizer: CodebookQuantizer
+    axis: int
+
+    @property
+    def spec(self) -> LeafSpec:
+        """The sub-vectors of all leaves, ``[n, d]``."""
+        count = sum(layout.count for layout in self._layouts())
+        dtype = jnp.result_type(*(leaf.dtype for leaf in self.leaves))
+        return LeafSpec(self.name, (count, self.quantizer.dim), dtype)
+
+    def check(self) -> None:
+        """Raises ValueError if a leaf cannot be cut, or needs padding."""
+        for layout, leaf in zip(self._layouts(), self.leaves, strict=True):
+            if layout.padding:
+                raise ValueError(
+                    f"leaf '{leaf.path}' of shape {leaf.shape} needs padding for "
+                    f"dim={layout.dim} and so cannot share the codebook '{self.name}': give it a "
+                    "rule of its own"
+                )
+        super().check()
+
+    def gather(self, arrays: Mapping[str, Any]) -> Float[Array, "n d"]:
+        """Joins the sub-vectors of all leaves."""
+        parts = zip(self._layouts(), self.leaves, strict=True)
+        dtype = self.spec.dtype
+        blocks = [lay.split(jnp.asarray(arrays[leaf.path])).astype(dtype) for lay, leaf in parts]
+        return jnp.concatenate(blocks)
+
+    def scatter(self, weight: Float[Array, "n d"]) -> dict[str, Array]:
+        """Inverts `gather`."""
+        layouts = self._layouts()
+        cuts = np.cumsum([layout.count for layout in layouts])[:-1].tolist()
+        parts = zip(layouts, self.leaves, jnp.split(weight, cuts), strict=True)
+        return {leaf.path: lay.join(part).astype(leaf.dtype) for lay, leaf, part in parts}
+
+    def _layouts(self) -> list[BlockLayout]:
+        quantizer = dataclasses.replace(self.quantizer, axis=self.axis)
+        return [quantizer.layout(leaf) for leaf in self.leaves]
+
+
+def share_entry(name: str, members: list[tuple[Rule, LeafSpec]]) -> SharedEntry:
+    """Binds the leaves of one share.
+
+    Raises:
+        ValueError: if their rules differ in the quantizer, or it has no codebook to share.
+    """
+    kinds = {rule.quantizer for rule, _ in members}
+    quantizer = members[0][0].quantizer
+    if len(kinds) > 1:
+        raise ValueError(f"share='{name}' is used with different quantizers: {kinds}; use one")
+    if not isinstance(quantizer, CodebookQuantizer) or quantizer.channel_scale:
+        raise ValueError(
+            f"share='{name}': {quantizer} has no codebook to share, or scales every channel: use a "
+            "codebook method with channel_scale=False"
+        )
+    leaves = tuple(spec for _, spec in members)
+    joined = dataclasses.replace(quantizer, axis=-1)
+    return SharedEntry(name, joined, leaves, quantizer.axis)

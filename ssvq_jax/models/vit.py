@@ -1,0 +1,143 @@
+"""Vision transformers in the form of DeiT (Touvron et al., arXiv 2012.12877)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a vision transformer.
+
+    Attributes:
+        image_size: height and width of the images.
+        channels: image channels.
+        patch_size: height and width of a patch; divides ``image_size``.
+        width: features of a token.
+        depth: number of blocks.
+        heads: attention heads; divides ``width``.
+        mlp_ratio: hidden features of the MLP over ``width``.
+        classes: number of classes.
+    """
+
+    image_size: int = 224
+    channels: int = 3
+    patch_size: int = 16
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    mlp_ratio: int = 4
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide image_size={self.image_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+
+
+def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
+    init = nn.initializers.truncated_normal(0.02)
+    return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one kernel for queries, keys and values."""
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b t w"]) -> Float[Array, "b t w"]:
+        """Mixes the tokens."""
+        batch, length, width = tokens.shape
+        qkv = _dense(3 * width, self.dtype, "qkv")(tokens)
+        qkv = qkv.reshape(batch, length, 3, self.config.heads, width // self.config.heads)
+        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return _dense(width, self.dtype, "proj")(mixed.reshape(batch, length, width))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with a GELU between them."""
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b t w"]) -> Float[Array, "b t w"]:
+        """Transforms each token."""
+        hidden = _dense(self.config.mlp_ratio * self.config.width, self.dtype, "fc1")(tokens)
+        return _dense(self.config.width, self.dtype, "fc2")(nn.gelu(hidden, approximate=False))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b t w"]) -> Float[Array, "b t w"]:
+        """Adds attention and MLP to the tokens."""
+        norm1 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")
+        norm2 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")
+        tokens = tokens + Attention(self.config, self.dtype, name="attn")(norm1(tokens))
+        return tokens + Mlp(self.config, self.dtype, name="mlp")(norm2(tokens))
+
+
+class ViT(nn.Module):
+    """DeiT: patch embedding, class token, learned positions, blocks, norm, linear head.
+
+    Leaf paths follow timm's names: ``patch_embed/kernel``, ``blocks_0/attn/qkv/kernel``, …
+
+    Attributes:
+        config: sizes.
+        scan: stack the blocks' parameters on a leading axis (``blocks/attn/qkv/kernel``) and scan
+            over them: compile time no longer grows with depth.
+        dtype: dtype of activations; parameters are float32.
+    """
+
+    config: ViTConfig
+    scan: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """Classifies images.
+
+        Args:
+            images: normalised images, NHWC.
+
+        Returns:
+            Logits, float32.
+        """
+        cfg = self.config
+        init = nn.initializers.truncated_normal(0.02)
+        patch = (cfg.patch_size, cfg.patch_size)
+        embed = nn.Conv(
+            cfg.width, patch, patch, "VALID", kernel_init=init, dtype=self.dtype, name="patch_embed"
+        )
+        patches = embed(images.astype(self.dtype)).reshape(images.shape[0], -1, cfg.width)
+        cls = self.param("cls_token", init, (1, 1, cfg.width)).astype(self.dtype)
+        tokens = jnp.concatenate([jnp.tile(cls, (images.shape[0], 1, 1)), patches], axis=1)
+        positions = self.param("pos_embed", init, (1, tokens.shape[1], cfg.width))
+        tokens = tokens + positions.astype(self.dtype)
+        if self.scan:
+            blocks = nn.scan(
+                lambda block, carry, _: (block(carry), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=cfg.depth,
+            )
+            tokens, _ = blocks(Block(cfg, self.dtype, name="blocks"), tokens, None)
+        else:
+            for i in range(cfg.depth):
+                tokens = Block(cfg, self.dtype, name=f"blocks_{i}")(tokens)
+        tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
+        return _dense(cfg.classes, jnp.float32, "head")(tokens[:, 0].astype(jnp.float32))

@@ -1,0 +1,313 @@
+"""Plans: a recipe bound to a parameter tree, and everything that is done with the pair."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from ssvq_jax import tree
+from ssvq_jax.bits import BitsTable, bits_table
+from ssvq_jax.entries import Entry, share_entry
+from ssvq_jax.quantizers import Calibration, Encoded, Quantizer
+from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
+from ssvq_jax.tree import LeafSpec, PyTree, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A recipe bound to a tree: which quantizer compresses which leaf. Made by `make_plan`.
+
+    Plans are hashable and hold no arrays, so jitted functions can close over them.
+
+    Attributes:
+        recipe: the rules.
+        leaves: every leaf of the tree, in its order.
+        entries: what is compressed.
+    """
+
+    recipe: Recipe
+    leaves: tuple[LeafSpec, ...]
+    entries: tuple[Entry, ...]
+
+    @functools.cached_property
+    def compressed(self) -> frozenset[str]:
+        """Paths of the compressed leaves."""
+        return frozenset(leaf.path for entry in self.entries for leaf in entry.leaves)
+
+    def init(
+        self,
+        key: Key[Array, ""],
+        params: PyTree,
+        calibration: Mapping[str, Calibration] | None = None,
+        *,
+        on_entry: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Encodes the weights.
+
+        Args:
+            key: typed PRNG key; every entry uses its own, derived from its name.
+            params: the tree of float arrays the plan was made for.
+            calibration: what data say about leaves, by leaf path; optional, leaf by leaf.
+            on_entry: called with an entry's name when it is done, for progress bars.
+
+        Returns:
+            The collections: ``params`` (the dense leaves; None in the holes), ``vq`` (floats that
+            gradients train) and ``vq_state`` (integers and booleans that they do not), the latter
+            two by entry name.
+
+        Raises:
+            ValueError: if the tree is not the plan's, or a compressed leaf holds NaN or infinity.
+        """
+        arrays = self._matching_leaves(params)
+        calibration = dict(calibration or {})
+        unknown = sorted(set(calibration) - self.compressed)
+        if unknown:
+            raise ValueError(f"calibration for {unknown}, which this plan does not compress")
+        learned, fixed = {}, {}
+        for entry in self.entries:
+            for leaf in entry.leaves:
+                _check_finite(leaf.path, arrays[leaf.path])
+            found = _gather_calibration(entry, calibration)
+            entry_key = jax.random.fold_in(key, zlib.crc32(entry.name.encode()))
+            encoded = _encode(
+                entry.quantizer, _nameless(entry.spec), entry_key, entry.gather(arrays), found
+            )
+            learned[entry.name] = encoded.learned
+            if encoded.fixed:
+                fixed[entry.name] = encoded.fixed
+            if on_entry is not None:
+                on_entry(entry.name)
+        return {"params": tree.punch(params, self.compressed), "vq": learned, "vq_state": fixed}
+
+    def decode(self, variables: Variables) -> PyTree:
+        """Rebuilds the parameter tree; differentiable in ``params`` and ``vq``, jit-able.
+
+        Args:
+            variables: the three collections.
+
+        Returns:
+            A tree of the user's structure, shapes and dtypes.
+        """
+        leaves = {}
+        for entry in self.entries:
+            encoded = variables["vq"][entry.name], variables["vq_state"].get(entry.name, {})
+            leaves |= entry.scatter(entry.quantizer.decode(*encoded, entry.spec))
+        return tree.fill(variables["params"], leaves)
+
+    def labels(self, learned: Variables) -> dict[str, Any]:
+        """Names the optimizer group of every learned array, for ``optax.partition``.
+
+        Args:
+            learned: the collections ``params`` and ``vq``.
+
+        Returns:
+            The same tree of strings: ``dense``, ``codebook``, ``sign``, ``scale``, ``latent``.
+        """
+        groups = {entry.name: entry.quantizer.groups for entry in self.entries}
+        return {
+            "params": jax.tree.map(lambda _: "dense", learned["params"]),
+            "vq": {
+                name: {field: groups[name][field] for field in fields}
+                for name, fields in learned["vq"].items()
+            },
+        }
+
+    def finalize(self, variables: Variables) -> "Packed":
+        """Turns trained variables into exactly what is stored.
+
+        Args:
+            variables: the three collections.
+
+        Returns:
+            The packed model; it decodes to the very weights that training saw last.
+        """
+        fields = {}
+        for entry in self.entries:
+            encoded = variables["vq"][entry.name], variables["vq_state"].get(entry.name, {})
+            fields[entry.name] = entry.quantizer.pack(*encoded, entry.spec)
+        return Packed(self, jax.tree.map(np.asarray, variables["params"]), fields)
+
+    def bits(self) -> BitsTable:
+        """Counts the stored bits of every leaf; needs no weights."""
+        return bits_table(self.entries, self.leaves, self.compressed)
+
+    def __str__(self) -> str:
+        """The bits table as text."""
+        return str(self.bits())
+
+    def to_json(self) -> dict[str, Any]:
+        """Writes the plan as plain data: the recipe and the leaves it is bound to."""
+        leaves = [
+            {"path": leaf.path, "shape": list(leaf.shape), "dtype": leaf.dtype.name}
+            for leaf in self.leaves
+        ]
+        return {"recipe": recipe_to_json(self.recipe), "leaves": leaves}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Plan":
+        """Reads a plan from plain data.
+
+        Raises:
+            ValueError: if the data are not a plan.
+        """
+        if set(data) != {"recipe", "leaves"}:
+            raise ValueError(f"not a plan: it needs 'recipe' and 'leaves', not {sorted(data)}")
+        specs = {leaf["path"]: LeafSpec(**leaf) for leaf in data["leaves"]}
+        return bind(recipe_from_json(data["recipe"]), specs)
+
+    def _matching_leaves(self, params: PyTree) -> dict[str, Any]:
+        arrays = tree.leaves_by_path(params)
+        found = tree.leaf_specs(params)
+        for leaf in self.leaves:
+            if leaf.path not in found:
+                raise ValueError(f"leaf '{leaf.path}' of the plan is not in the tree")
+            spec = dataclasses.replace(found.pop(leaf.path), stacked=leaf.stacked)
+            if spec != leaf:
+                raise ValueError(
+                    f"leaf '{leaf.path}' is {spec.dtype}{list(spec.shape)}, but the plan was made "
+                    f"for {leaf.dtype}{list(leaf.shape)}: make the plan from this tree"
+                )
+        if found:
+            raise ValueError(f"leaves {sorted(found)} are not in the plan: make it from this tree")
+        return arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A finalized model: what a file holds. Made by `Plan.finalize`.
+
+    Attributes:
+        plan: the plan.
+        params: dense leaves as host arrays, None in the holes.
+        fields: stored fields of every entry, by entry name.
+    """
+
+    plan: Plan
+    params: PyTree
+    fields: Mapping[str, Mapping[str, np.ndarray]]
+
+    def decode(self) -> PyTree:
+        """Rebuilds the parameter tree with the user's structure, shapes and dtypes."""
+        leaves = {}
+        for entry in self.plan.entries:
+            encoded = entry.quantizer.unpack(self.fields[entry.name], entry.spec)
+            leaves |= entry.scatter(entry.quantizer.decode(*encoded, entry.spec))
+        return tree.fill(jax.tree.map(jnp.asarray, self.params), leaves)
+
+
+def make_plan(params: PyTree, rules: Iterable[Rule | tuple[str, Quantizer | None]]) -> Plan:
+    """Binds rules to a parameter tree.
+
+    Args:
+        params: a tree of float arrays, or of shapes (``jax.eval_shape``): a dry run.
+        rules: `Rule` records or ``(pattern, quantizer)`` pairs; for every leaf the first rule whose
+            pattern matches the whole leaf path wins.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: if a rule matches no leaf (and is not optional), a leaf has no rule, nothing
+            would be compressed though a rule names a quantizer, or a leaf cannot be taken by its
+            quantizer. No weight is touched before.
+
+    Example:
+        >>> from ssvq_jax import SignSplit
+        >>> shapes = {"kernel": jax.ShapeDtypeStruct((64, 64), "float32"),
+        ...           "bias": jax.ShapeDtypeStruct((64,), "float32")}
+        >>> plan = make_plan(shapes, [("kernel", SignSplit(codewords=16, dim=8)), (".*", None)])
+        >>> plan.bits().compressed.bits_per_weight
+        1.75390625
+    """
+    return bind(as_recipe(rules), tree.leaf_specs(params))
+
+
+def bind(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> Plan:
+    """Binds a recipe to described leaves; see `make_plan`."""
+    leaves, entries, matched = [], [], set()
+    shares: dict[str, list[tuple[Rule, LeafSpec]]] = {}
+    uncovered = []
+    for path, spec in specs.items():
+        rule = next((rule for rule in recipe if rule.matches(path)), None)
+        if rule is None:
+            uncovered.append(path)
+            continue
+        matched.add(rule)
+        if rule.quantizer is not None:
+            spec = dataclasses.replace(spec, stacked=rule.stacked)
+            if rule.share is not None:
+                shares.setdefault(rule.share, []).append((rule, spec))
+            else:
+                entries.append(Entry(path, rule.quantizer, (spec,)))
+        leaves.append(spec)
+    if uncovered:
+        raise ValueError(
+            f"no rule covers {_some(uncovered)}: add a rule for them, or end with ('.*', None) to "
+            "keep the rest dense"
+        )
+    idle = [rule.pattern for rule in recipe if rule not in matched and not rule.optional]
+    wanted = any(rule.quantizer is not None for rule in recipe)
+    if idle or (wanted and not entries and not shares):
+        raise ValueError(
+            f"{'rules ' + _some(idle) + ' match' if idle else 'the recipe matches'} no leaf that "
+            "an earlier rule has not taken: patterns must match whole leaf paths, which here are "
+            f"{_some(list(specs))}"
+        )
+    for name, members in shares.items():
+        if name in specs:
+            raise ValueError(f"share='{name}' is also the path of a leaf: choose another name")
+        entries.append(share_entry(name, members))
+    for entry in entries:
+        entry.check()
+    return Plan(recipe, tuple(leaves), tuple(entries))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(
+    quantizer: Quantizer,
+    spec: LeafSpec,
+    key: Key[Array, ""],
+    weight: Float[Array, "..."],
+    calibration: Calibration | None,
+) -> Encoded:
+    return quantizer.init(key, weight, spec, calibration)
+
+
+def _nameless(spec: LeafSpec) -> LeafSpec:
+    """Drops the path, so that leaves of equal shape share one compiled encoder."""
+    return dataclasses.replace(spec, path="")
+
+
+def _gather_calibration(
+    entry: Entry, calibration: Mapping[str, Calibration]
+) -> Calibration | None:
+    found = {leaf.path: calibration.get(leaf.path) for leaf in entry.leaves}
+    importances = {
+        leaf.path: jnp.ones(leaf.shape) if found[leaf.path] is None else found[leaf.path].importance
+        for leaf in entry.leaves
+    }
+    if all(item is None for item in found.values()):
+        return None
+    return Calibration(importance=entry.gather(importances))
+
+
+def _check_finite(path: str, weight: Any) -> None:
+    if isinstance(weight, jax.core.Tracer):
+        return
+    bad = int(weight.size - jnp.sum(jnp.isfinite(weight)))
+    if bad:
+        raise ValueError(
+            f"leaf '{path}' holds {bad} NaN or infinite values of {weight.size}: repair the "
+            "checkpoint, or keep the leaf dense (quantizer None)"
+        )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:most])
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,242 @@
+"""The quantizer protocol: frozen records with pure functions on one weight.
+
+A method subclasses `Quantizer` and writes the five functions whose names begin with ``slice_``, for
+one unstacked weight. The public functions of the base class lift them over stacked leaves, so a
+method never sees a stacked axis. Every function is jit-able with the record and the spec static.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from ssvq_jax.tree import LeafSpec
+
+Fields = Mapping[str, Any]
+
+
+class Encoded(NamedTuple):
+    """A weight in a method's own terms.
+
+    Attributes:
+        learned: float arrays that gradients may train.
+        fixed: integer and boolean arrays that they may not.
+    """
+
+    learned: dict[str, Array]
+    fixed: dict[str, Array]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["importance"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What data say about a weight.
+
+    Attributes:
+        importance: non-negative weight of every element's squared error, of the leaf's shape.
+    """
+
+    importance: Float[Array, "..."] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One field as it is stored: ``count`` integers of ``width`` bits each.
+
+    Attributes:
+        field: name of the field in `Quantizer.pack`.
+        count: how many numbers.
+        width: bits of one number.
+    """
+
+    field: str
+    count: int
+    width: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of the whole stream."""
+        return self.count * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Everything that is stored of a leaf, by field.
+
+    Attributes:
+        streams: the streams; their fields are those of `Quantizer.pack`.
+    """
+
+    streams: tuple[Stream, ...]
+
+    @property
+    def bits(self) -> int:
+        """Bits of all streams."""
+        return sum(stream.bits for stream in self.streams)
+
+    def times(self, slices: int) -> "Storage":
+        """Storage of as many equal weights."""
+        return Storage(
+            tuple(dataclasses.replace(s, count=s.count * slices) for s in self.streams)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer(abc.ABC):
+    """A compression method with its hyper-parameters.
+
+    Attributes:
+        method: name in recipes (class attribute).
+        groups: optimizer group of every learned field (class attribute); the groups are
+            ``codebook``, ``sign``, ``scale`` and ``latent``.
+    """
+
+    method: ClassVar[str]
+    groups: ClassVar[Mapping[str, str]]
+
+    def init(
+        self,
+        key: Key[Array, ""],
+        weight: Float[Array, "..."],
+        spec: LeafSpec,
+        calibration: Calibration | None = None,
+    ) -> Encoded:
+        """Encodes a weight; clustering happens here.
+
+        Args:
+            key: typed PRNG key.
+            weight: the leaf, of shape ``spec.shape``.
+            spec: description of the leaf.
+            calibration: what data say about it, arrays of the leaf's shape.
+
+        Returns:
+            Learned and fixed arrays; those of a stacked leaf carry its leading axes.
+        """
+        self.check(spec)
+        if not spec.stacked:
+            return self.slice_init(key, weight, spec, calibration)
+        one = spec.slice_spec()
+        lead = spec.shape[: spec.stacked]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *one.shape), (weight, calibration))
+        # One slice after the other: vmap would hold the clustering tiles of all slices at once.
+        encoded = jax.lax.map(
+            lambda args: self.slice_init(args[0], args[1][0], one, args[1][1]),
+            (jax.random.split(key, spec.slices), flat),
+        )
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), encoded)
+
+    def decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
+        """Rebuilds the weight ``[spec.shape]``, differentiable in ``learned``.
+
+        Straight-through estimators carry gradients through every rounding, so what training sees
+        is what the finalized model computes.
+        """
+        one = spec.slice_spec()
+        decode = _over_slices(lambda enc: self.slice_decode(*enc, one), spec.stacked)
+        return decode((dict(learned), dict(fixed))).astype(spec.dtype)
+
+    def storage(self, spec: LeafSpec) -> Storage:
+        """Counts the stored bits by field; needs no weights."""
+        self.check(spec)
+        return self.slice_storage(spec.slice_spec()).times(spec.slices)
+
+    def pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, np.ndarray]:
+        """Gives the exact stored fields, one number of `Stream.width` bits an element.
+
+        Args:
+            learned: trained arrays.
+            fixed: integer and boolean arrays.
+            spec: description of the leaf.
+
+        Returns:
+            Host arrays by field name: unsigned integers and booleans for codes and signs, the
+            stored dtype for codebooks and scales.
+        """
+        one = spec.slice_spec()
+        pack = _over_slices(lambda enc: self.slice_pack(*enc, one), spec.stacked)
+        return {k: np.asarray(v) for k, v in pack((dict(learned), dict(fixed))).items()}
+
+    def unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:
+        """Inverts `pack`: the result decodes to the same bits."""
+        one = spec.slice_spec()
+        unpack = _over_slices(lambda f: self.slice_unpack(f, one), spec.stacked)
+        return unpack({k: jnp.asarray(v) for k, v in fields.items()})
+
+    def check(self, spec: LeafSpec) -> None:
+        """Raises ValueError, naming the leaf, if the method cannot take a leaf of this shape."""
+        self.slice_check(dataclasses.replace(spec.slice_spec(), path=spec.path))
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> str:
+        """The main hyper-parameters, short and readable, for tables."""
+
+    @abc.abstractmethod
+    def slice_check(self, spec: LeafSpec) -> None:
+        """Raises ValueError if one slice cannot be quantized."""
+
+    @abc.abstractmethod
+    def slice_init(
+        self,
+        key: Key[Array, ""],
+        weight: Float[Array, "..."],
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Encodes one slice."""
+
+    @abc.abstractmethod
+    def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
+        """Decodes one slice, in any float dtype."""
+
+    @abc.abstractmethod
+    def slice_storage(self, spec: LeafSpec) -> Storage:
+        """Counts one slice's bits."""
+
+    @abc.abstractmethod
+    def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
+        """Gives one slice's stored fields."""
+
+    @abc.abstractmethod
+    def slice_unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:
+        """Inverts ``slice_pack``."""
+
+
+def _over_slices(function: Callable[[Any], Any], stacked: int) -> Callable[[Any], Any]:
+    """Lifts a function over as many leading axes."""
+    for _ in range(stacked):
+        function = jax.vmap(function)
+    return function
+
+
+def straight_through(
+    value: Float[Array, "*shape"], surrogate: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Gives ``value`` exactly, with the gradient of ``surrogate`` (Bengio et al., 2013).
+
+    The sum is exact, unlike ``surrogate + stop_gradient(value - surrogate)``: a finalized model
+    must compute the very bits that training saw.
+    """
+    return jax.lax.stop_gradient(value) + (surrogate - jax.lax.stop_gradient(surrogate))
+
+
+def round_scale(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Rounds float32 scales to the 16 bits that are stored, straight-through.
+
+    The stored type is bfloat16: it has float32's range, so no scale under- or overflows, however
+    small the weights. (``reduce_precision``, since XLA may drop a pair of conversions.)
+    """
+    return straight_through(jax.lax.reduce_precision(scale, 8, 7), scale)
+
+
+def code_dtype(width: int) -> np.dtype:
+    """The smallest unsigned integer type that holds codes of ``width`` bits."""
+    return np.dtype(np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint32)

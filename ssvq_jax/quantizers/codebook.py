@@ -1,0 +1,204 @@
+"""What the codebook methods share: clustering, look-up, codebook precision, stored fields."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt
+
+from ssvq_jax.blocks import BlockLayout, block_layout
+from ssvq_jax.clustering import assign, kmeans
+from ssvq_jax.quantizers.base import (
+    Calibration,
+    Fields,
+    Quantizer,
+    Storage,
+    Stream,
+    code_dtype,
+    round_scale,
+    straight_through,
+)
+from ssvq_jax.tree import LeafSpec
+
+CodebookDtype = Literal["int8", "float16", "float32"]
+_INT8_MAX = 127.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookQuantizer(Quantizer):
+    """Base of the methods that store a row index of a codebook per sub-vector.
+
+    Attributes:
+        codewords: k, rows of the codebook; codes take ceil(log2 k) bits.
+        dim: d, weights in a sub-vector.
+        axis: axis along which sub-vectors run (of one slice, for stacked leaves).
+        pad: append zeros where ``dim`` does not divide the axis.
+        codebook_dtype: what the file holds and training sees (straight-through); int8 comes with
+            one 16-bit scale a codebook.
+        channel_scale: divide every output channel (last axis) by its root mean square before
+            clustering, and keep that as a trained 16-bit scale.
+        iterations: Lloyd iterations at most.
+    """
+
+    groups: ClassVar[Mapping[str, str]] = {"codebook": "codebook", "scale": "scale"}
+
+    codewords: int
+    dim: int
+    axis: int = -1
+    pad: bool = False
+    codebook_dtype: CodebookDtype = "int8"
+    channel_scale: bool = False
+    iterations: int = 50
+
+    def __post_init__(self) -> None:
+        if self.codewords < 2:
+            raise ValueError(f"codewords={self.codewords}: a codebook needs at least 2 codewords")
+        if self.dim < 1:
+            raise ValueError(f"dim={self.dim}: a sub-vector needs at least 1 weight")
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations}: give at least 1")
+        if self.codebook_dtype not in get_args(CodebookDtype):
+            raise ValueError(
+                f"codebook_dtype={self.codebook_dtype!r}: choose one of {get_args(CodebookDtype)}"
+            )
+
+    @property
+    def code_width(self) -> int:
+        """Bits of a code: ceil(log2 k)."""
+        return (self.codewords - 1).bit_length()
+
+    @property
+    def settings(self) -> str:
+        """Codewords and dimension."""
+        return f"k={self.codewords} d={self.dim}"
+
+    def layout(self, spec: LeafSpec) -> BlockLayout:
+        """The cut of one slice into sub-vectors."""
+        return block_layout(spec.shape, self.dim, self.axis, pad=self.pad, path=spec.path)
+
+    def slice_check(self, spec: LeafSpec) -> None:
+        """Raises ValueError if the leaf cannot be cut, or has fewer sub-vectors than codewords."""
+        count = self.layout(spec).count
+        if self.codewords > count:
+            raise ValueError(
+                f"leaf '{spec.path}' of shape {spec.shape} has {count} sub-vectors of dim "
+                f"{self.dim}, fewer than codewords={self.codewords}: use fewer codewords, a "
+                "smaller dim, or keep the leaf dense"
+            )
+
+    def unscale(
+        self, values: Float[Array, "..."]
+    ) -> tuple[Float[Array, "..."], dict[str, Float[Array, " out"]]]:
+        """Divides by the root mean square of every output channel (1 where that is zero).
+
+        Returns:
+            The values to cluster and the learned scales; neither changes without channel_scale.
+        """
+        if not self.channel_scale:
+            return values, {}
+        mean_square = jnp.mean(jnp.square(values), axis=tuple(range(values.ndim - 1)))
+        scale = round_scale(jnp.where(mean_square > 0, jnp.sqrt(mean_square), 1.0))
+        return values / _per_channel(scale, values.ndim), {"scale": scale}
+
+    def cluster(
+        self,
+        key: Key[Array, ""],
+        values: Float[Array, "..."],
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> tuple[Float[Array, "k d"], UInt[Array, " n"]]:
+        """Clusters the sub-vectors of an array of the weight's shape.
+
+        Returns:
+            The codebook (float32) and the codes, which are nearest to the codebook as stored.
+        """
+        layout = self.layout(spec)
+        points = layout.split(values.astype(jnp.float32))
+        weights = None
+        if calibration is not None and calibration.importance is not None:
+            weights = layout.split(calibration.importance.astype(jnp.float32))
+        result = kmeans(
+            key,
+            points,
+            self.codewords,
+            iterations=self.iterations,
+            weights=weights,
+            mask=layout.real(),
+        )
+        stored = self.stored_codebook(result.centroids)
+        codes = assign(points, stored, weights=weights, mask=layout.real())
+        return result.centroids, codes.astype(code_dtype(self.code_width))
+
+    def stored_codebook(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
+        """The codebook as the file holds it, straight-through."""
+        if self.codebook_dtype == "float32":
+            return codebook
+        if self.codebook_dtype == "float16":
+            return straight_through(jax.lax.reduce_precision(codebook, 5, 10), codebook)
+        levels, scale = _int8(codebook)
+        return straight_through(levels * scale, codebook)
+
+    def look_up(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
+        """C[A] as an array of the weight's shape, before signs and channel scales."""
+        codebook = self.stored_codebook(learned["codebook"])
+        return self.layout(spec).join(codebook[fixed["codes"]])
+
+    def rescale(self, values: Float[Array, "..."], learned: Fields) -> Float[Array, "..."]:
+        """Multiplies by the channel scales, if there are any."""
+        if not self.channel_scale:
+            return values
+        return values * _per_channel(round_scale(learned["scale"]), values.ndim)
+
+    def codebook_storage(self, spec: LeafSpec) -> Storage:
+        """Codes, codebook and scales of one slice."""
+        size = self.codewords * self.dim
+        streams = [Stream("codes", self.layout(spec).count, self.code_width)]
+        if self.codebook_dtype == "int8":
+            streams += [Stream("codebook", size, 8), Stream("codebook_scale", 1, 16)]
+        else:
+            streams += [Stream("codebook", size, 8 * jnp.dtype(self.codebook_dtype).itemsize)]
+        if self.channel_scale:
+            streams.append(Stream("scale", spec.shape[-1], 16))
+        return Storage(tuple(streams))
+
+    def codebook_pack(self, learned: Fields, fixed: Fields) -> dict[str, Array]:
+        """The fields of `codebook_storage`."""
+        codebook = learned["codebook"]
+        fields = {"codes": fixed["codes"], "codebook": codebook.astype(self.codebook_dtype)}
+        if self.codebook_dtype == "int8":
+            levels, scale = _int8(codebook)
+            fields["codebook"] = levels.astype(jnp.int8)
+            fields["codebook_scale"] = scale.astype(jnp.bfloat16)
+        if self.channel_scale:
+            fields["scale"] = learned["scale"].astype(jnp.bfloat16)
+        return fields
+
+    def codebook_unpack(self, fields: Fields) -> dict[str, Array]:
+        """The learned arrays that `codebook_pack` stored."""
+        codebook = fields["codebook"].astype(jnp.float32)
+        if self.codebook_dtype == "int8":
+            codebook = codebook * fields["codebook_scale"].astype(jnp.float32)
+        learned = {"codebook": codebook}
+        if self.channel_scale:
+            learned["scale"] = fields["scale"].astype(jnp.float32)
+        return learned
+
+
+def _per_channel(scale: Float[Array, " out"], ndim: int) -> Float[Array, "..."]:
+    """Lines scales up with the last of ``ndim`` axes."""
+    return scale.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def _int8(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:
+    """Symmetric int8 levels (as floats) and their scale.
+
+    Unpacking gives levels * scale, and quantizing that again gives the same levels and scale: the
+    scale is at most 2^-9 off max|C|/127, so the largest entry always lands on level 127.
+    """
+    largest = jnp.max(jnp.abs(codebook))
+    scale = jnp.maximum(largest / _INT8_MAX, jnp.finfo(jnp.float32).tiny)
+    scale = jax.lax.reduce_precision(scale, 8, 7)
+    levels = jnp.clip(jnp.round(codebook / scale), -_INT8_MAX, _INT8_MAX)
+    return levels, scale

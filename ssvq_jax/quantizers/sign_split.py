@@ -1,0 +1,102 @@
+"""SSVQ: sign-splitting vector quantization."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ssvq_jax.quantizers.base import Calibration, Encoded, Fields, Storage, Stream, straight_through
+from ssvq_jax.quantizers.codebook import CodebookQuantizer
+from ssvq_jax.tree import LeafSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class SignSplit(CodebookQuantizer):
+    """SSVQ: k-means on |W|, one stored sign bit a weight, signs trained through latents.
+
+    W_q = C[A] * sign(L) with codebook C of magnitudes ``[k, d]``, codes A and the sign latent L of
+    W's shape, which begins at alpha * W. The backward pass is straight-through on the sign:
+
+        dL = dW_q * C[A],    dC = sum over the members of dW_q * sign(L)
+
+    C and L are trained jointly, A stays. C starts non-negative and is not held there. Stored:
+    ceil(log2 k)/d + 1 bits a weight and the codebook; the sign bit is (L < 0), zero is positive.
+
+    Source: arXiv 2503.08668, section 3. Learning rates, alpha and the codebook's width are not
+    published; the defaults are ours.
+
+    Attributes:
+        alpha: scale of the latents' start; signs flip sooner with a smaller one.
+        learn_signs: train the signs; if False they stay those of W, as one fixed bit.
+
+    Example:
+        >>> from ssvq_jax import LeafSpec
+        >>> SignSplit(codewords=16, dim=8).storage(LeafSpec("w", (192, 768), "float32")).bits
+        222224
+    """
+
+    method: ClassVar[str] = "sign_split"
+    groups: ClassVar[Mapping[str, str]] = {**CodebookQuantizer.groups, "sign_latent": "sign"}
+
+    codewords: int = 16
+    dim: int = 8
+    alpha: float = 1.0
+    learn_signs: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha}: the latents' scale must be positive")
+
+    @property
+    def settings(self) -> str:
+        """Codewords, dimension, and whether the signs are trained."""
+        return super().settings + ("" if self.learn_signs else " fixed signs")
+
+    def slice_init(
+        self,
+        key: Key[Array, ""],
+        weight: Float[Array, "..."],
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Clusters |W| (divided by its channel scales, if asked); L = alpha * W."""
+        values, learned = self.unscale(jnp.abs(weight.astype("float32")))
+        codebook, codes = self.cluster(key, values, spec, calibration)
+        if self.learn_signs:
+            # The latents keep the leaf's dtype: they are the largest thing that is trained.
+            latent = (self.alpha * weight.astype("float32")).astype(spec.dtype)
+            return Encoded({**learned, "codebook": codebook, "sign_latent": latent}, {"codes": codes})
+        signs = weight < 0
+        return Encoded({**learned, "codebook": codebook}, {"codes": codes, "signs": signs})
+
+    def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
+        """W_q = C[A] * sign(L)."""
+        magnitude = self.look_up(learned, fixed, spec)
+        if self.learn_signs:
+            latent = learned["sign_latent"].astype(magnitude.dtype)
+            sign = straight_through(jnp.where(latent < 0, -1.0, 1.0).astype(latent.dtype), latent)
+        else:
+            sign = jnp.where(fixed["signs"], -1.0, 1.0).astype(magnitude.dtype)
+        return self.rescale(magnitude * sign, learned)
+
+    def slice_storage(self, spec: LeafSpec) -> Storage:
+        """Codes, codebook and one bit a weight."""
+        signs = Stream("signs", spec.size, 1)
+        return Storage((*self.codebook_storage(spec).streams, signs))
+
+    def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
+        """Codes, codebook and sign bits."""
+        signs = learned["sign_latent"] < 0 if self.learn_signs else fixed["signs"]
+        return {**self.codebook_pack(learned, fixed), "signs": signs}
+
+    def slice_unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:
+        """Codes, codebook and signs; latents come back as -1 and +1."""
+        learned, fixed = self.codebook_unpack(fields), {"codes": fields["codes"]}
+        if self.learn_signs:
+            learned["sign_latent"] = jnp.where(fields["signs"], -1.0, 1.0).astype(spec.dtype)
+        else:
+            fixed["signs"] = fields["signs"]
+        return Encoded(learned, fixed)

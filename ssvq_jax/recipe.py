@@ -1,0 +1,171 @@
+"""Recipes: ordered rules from leaf paths to quantizers, as records and as JSON."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ssvq_jax import quantizers
+from ssvq_jax.quantizers import Quantizer, SignSplit, Uniform, Vector
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the leaves whose whole path matches a pattern.
+
+    Attributes:
+        pattern: regular expression, matched against the whole leaf path (``re.fullmatch``); the
+            first rule that matches a leaf wins.
+        quantizer: method for these leaves, or None to keep them dense.
+        stacked: leading axes that stack independent weights (layers under ``nn.scan``); every
+            slice gets its own codebook.
+        share: name of a codebook that all leaves of rules with this name use together.
+        optional: the rule may match nothing.
+    """
+
+    pattern: str
+    quantizer: Quantizer | None
+    stacked: int = 0
+    share: str | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"rule '{self.pattern}' is not a regular expression: {error}"
+            ) from None
+        if not isinstance(self.quantizer, Quantizer | None):
+            raise ValueError(
+                f"rule '{self.pattern}' has {self.quantizer!r} for a quantizer: give a record like "
+                "SignSplit(codewords=16, dim=8), or None to keep leaves dense"
+            )
+        if self.stacked < 0:
+            raise ValueError(f"rule '{self.pattern}': stacked={self.stacked} is negative")
+        if self.share is not None and (self.stacked or self.quantizer is None):
+            raise ValueError(
+                f"rule '{self.pattern}': share='{self.share}' needs a quantizer and stacked=0 (one "
+                "codebook for all leaves and all their slices)"
+            )
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule covers a leaf path."""
+        return re.fullmatch(self.pattern, path) is not None
+
+
+Recipe = tuple[Rule, ...]
+
+
+def as_recipe(rules: Iterable[Rule | tuple[str, Quantizer | None]]) -> Recipe:
+    """Reads rules, or ``(pattern, quantizer)`` pairs that are short for them.
+
+    Raises:
+        ValueError: if an item is neither.
+    """
+    recipe = []
+    for rule in rules:
+        if isinstance(rule, Rule):
+            recipe.append(rule)
+        elif isinstance(rule, tuple) and len(rule) == 2:
+            recipe.append(Rule(*rule))
+        else:
+            raise ValueError(f"{rule!r} is no rule: give Rule(...) or (pattern, quantizer)")
+    return tuple(recipe)
+
+
+def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    """Writes a recipe as plain data.
+
+    Example:
+        >>> recipe_to_json((Rule(".*", None),))
+        {'format': 1, 'rules': [{'pattern': '.*', 'quantizer': None}]}
+    """
+    rules = []
+    for rule in recipe:
+        data: dict[str, Any] = {"pattern": rule.pattern, "quantizer": None}
+        if rule.quantizer is not None:
+            data["quantizer"] = quantizers.to_json(rule.quantizer)
+        for field in dataclasses.fields(Rule)[2:]:
+            if getattr(rule, field.name) != field.default:
+                data[field.name] = getattr(rule, field.name)
+        rules.append(data)
+    return {"format": FORMAT, "rules": rules}
+
+
+def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
+    """Reads a recipe from plain data.
+
+    Raises:
+        ValueError: if the data are not a recipe of this format, naming what is wrong.
+    """
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT or "rules" not in data:
+        raise ValueError(f'not a recipe: it needs {{"format": {FORMAT}, "rules": [...]}}')
+    known = {field.name for field in dataclasses.fields(Rule)}
+    recipe = []
+    for entry in data["rules"]:
+        fields = dict(entry)
+        if not {"pattern", "quantizer"} <= set(fields) <= known:
+            raise ValueError(f"rule {entry} has fields {sorted(fields)}: it takes {sorted(known)}")
+        if fields["quantizer"] is not None:
+            fields["quantizer"] = quantizers.from_json(fields["quantizer"])
+        recipe.append(Rule(**fields))
+    return tuple(recipe)
+
+
+def _transformer(quantizer: Quantizer) -> Recipe:
+    """Every kernel of the blocks; patch embedding and heads int8; the rest dense."""
+    return (
+        Rule(r"(.*/)?(patch_embed|head|head_dist)/kernel", Uniform(bits=8), optional=True),
+        Rule(r"(.*/)?blocks_\d+/.*kernel", quantizer, optional=True),
+        Rule(r"(.*/)?blocks/.*kernel", quantizer, stacked=1, optional=True),
+        Rule(r".*", None),
+    )
+
+
+PRESETS: dict[str, Recipe] = {
+    # The paper's 21x: 4 + 8 bits for 8 weights; VQ at the same 1.5 bits: 6 bits for 4 weights.
+    "ssvq-21x": _transformer(SignSplit(codewords=16, dim=8)),
+    "ssvq-fixed-21x": _transformer(SignSplit(codewords=16, dim=8, learn_signs=False)),
+    "vq-21x": _transformer(Vector(codewords=64, dim=4)),
+    # 1.25 bits: 2 + 8 bits for 8 weights, 5 bits for 4.
+    "ssvq-26x": _transformer(SignSplit(codewords=4, dim=8)),
+    "ssvq-fixed-26x": _transformer(SignSplit(codewords=4, dim=8, learn_signs=False)),
+    "vq-26x": _transformer(Vector(codewords=32, dim=4)),
+    "uniform-2bit": _transformer(Uniform(bits=2)),
+    "uniform-8bit": _transformer(Uniform(bits=8)),
+}
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """Finds a recipe by preset name, or reads it from a JSON file.
+
+    Args:
+        name_or_file: a key of `PRESETS`, or a path.
+
+    Returns:
+        The rules.
+
+    Raises:
+        ValueError: if it is neither a preset nor a readable recipe.
+
+    Example:
+        >>> load_recipe("ssvq-21x")[1].quantizer.codewords
+        16
+    """
+    if name_or_file in PRESETS:
+        return PRESETS[name_or_file]
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise ValueError(
+            f"recipe '{name_or_file}' is neither a file nor a preset: choose one of "
+            f"{sorted(PRESETS)} or give a JSON file"
+        )
+    try:
+        return recipe_from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"recipe file '{name_or_file}': {error}") from None

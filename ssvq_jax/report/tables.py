@@ -1,0 +1,77 @@
+"""Tables for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ssvq_jax.bits import BitsTable, cells
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; columns after the first are aligned to the right.
+
+    Args:
+        title: heading.
+        columns: column names.
+        rows: cells, one a column; an empty row draws a line.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    console = Console()
+    if not console.is_terminal:  # a pipe or log has no width: do not cut
+        console = Console(width=140)
+    console.print(table)
+
+
+def print_bits(title: str, table: BitsTable) -> None:
+    """Prints where the bits of a plan go, and both ratios."""
+    columns = ("leaf", "shape", "method", "weights", "bits/weight", "bytes", "ratio")
+    totals = (*table.methods.values(), table.compressed, table.model)
+    rows = [*map(cells, table.rows), (), *map(cells, totals)]
+    print_table(title, columns, rows)
+    print(table.summary())
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Prints the comparison of a quickstart's ``results.json``."""
+    columns = ("method", "bits/weight", "ratio", "file ratio", "before", "after", "steps", "time")
+    base = results["float"]
+    rows = [
+        (
+            "float32",
+            "32",
+            "1.0x",
+            "1.0x",
+            "",
+            _percent(base["accuracy"], base["standard_error"]),
+            str(base["steps"]),
+            f"{base['seconds']:.0f} s",
+        ),
+        (),
+    ]
+    for name, row in results["methods"].items():
+        rows.append(
+            (
+                name,
+                f"{row['bits_per_weight']:.3f}",
+                f"{row['compression_ratio']:.1f}x",
+                f"{row['file_ratio']:.1f}x",
+                _percent(row["accuracy_before"]),
+                _percent(row["accuracy_after"], row["standard_error"]),
+                str(row["steps"]),
+                f"{row['seconds']:.0f} s",
+            )
+        )
+    print_table(f"test accuracy, {base['examples']} examples", columns, rows)
+
+
+def _percent(share: float, error: float | None = None) -> str:
+    return f"{100 * share:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "") + " %"

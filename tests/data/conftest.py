@@ -1,0 +1,21 @@
+"""The embedded data set, prepared once for all tests of the room."""
+
+import pathlib
+
+import pytest
+
+from ssvq_jax import data
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("tfds")
+    data.prepare_embedded(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(data_dir: pathlib.Path) -> data.ArraySplit:
+    split = data.load_split("mnist_digits_5k", "train", data_dir)
+    assert isinstance(split, data.ArraySplit)
+    return split

@@ -1,0 +1,226 @@
+"""What every registered method must do. A new method is added to CASES and gets all of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssvq_jax import LeafSpec, SignSplit, Uniform, Vector
+from ssvq_jax.quantizers import METHODS, Calibration, from_json, to_json
+from ssvq_jax.tree import split
+
+CASES = {
+    "vector": Vector(codewords=8, dim=4, iterations=5),
+    "vector float32": Vector(codewords=8, dim=4, iterations=5, codebook_dtype="float32"),
+    "vector float16, odd k": Vector(codewords=5, dim=2, iterations=5, codebook_dtype="float16"),
+    "vector padded": Vector(codewords=8, dim=3, pad=True, iterations=5),
+    "vector axis 0, scaled": Vector(codewords=8, dim=4, axis=0, channel_scale=True, iterations=5),
+    "sign split": SignSplit(codewords=4, dim=8, iterations=5),
+    "sign split fixed": SignSplit(codewords=4, dim=8, learn_signs=False, iterations=5),
+    "sign split scaled": SignSplit(codewords=4, dim=8, channel_scale=True, iterations=5),
+    "sign split padded, small alpha": SignSplit(
+        codewords=4, dim=5, pad=True, alpha=0.1, iterations=5
+    ),
+    "uniform 2 bit": Uniform(bits=2),
+    "uniform 8 bit a tensor": Uniform(bits=8, per_channel=False),
+}
+SPECS = {
+    "dense": LeafSpec("w", (16, 24), "float32"),
+    "bfloat16": LeafSpec("w", (16, 24), "bfloat16"),
+    "convolution": LeafSpec("w", (2, 2, 8, 16), "float32"),
+    "stacked": LeafSpec("w", (3, 16, 24), "float32", stacked=1),
+    "stacked twice": LeafSpec("w", (2, 2, 16, 8), "float32", stacked=2),
+}
+every_case = pytest.mark.parametrize(
+    ("quantizer", "spec"),
+    [
+        pytest.param(q, s, id=f"{name}-{kind}")
+        for name, q in CASES.items()
+        for kind, s in SPECS.items()
+    ],
+)
+every_quantizer = pytest.mark.parametrize(
+    "quantizer", [pytest.param(q, id=name) for name, q in CASES.items()]
+)
+
+
+def weight_of(spec: LeafSpec) -> jax.Array:
+    # Heavy tails and one tiny channel, as trained weights have.
+    weight = jax.random.t(jax.random.key(1), 5.0, spec.shape)
+    return weight.at[..., 0].multiply(1e-6).astype(spec.dtype)
+
+
+def encode(quantizer, spec, key=0):
+    return jax.jit(quantizer.init, static_argnums=2)(jax.random.key(key), weight_of(spec), spec)
+
+
+def test_every_method_has_a_case():
+    assert {q.method for q in CASES.values()} == set(METHODS)
+
+
+@every_case
+def test_decode_gives_shape_and_dtype_and_depends_on_the_weight(quantizer, spec):
+    encoded = encode(quantizer, spec)
+    decoded = quantizer.decode(*encoded, spec)
+    assert decoded.shape == spec.shape
+    assert decoded.dtype == spec.dtype
+    weight, decoded = np.float32(weight_of(spec)), np.float32(decoded)
+    assert np.sum((weight - decoded) ** 2) < 0.6 * np.sum(weight**2)
+
+
+@every_case
+def test_learned_are_floats_with_groups_and_fixed_are_not(quantizer, spec):
+    learned, fixed = encode(quantizer, spec)
+    assert set(learned) <= set(quantizer.groups)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in learned.values())
+    assert not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in fixed.values())
+    lead = spec.shape[: spec.stacked]
+    assert all(x.shape[: spec.stacked] == lead for x in (learned | fixed).values())
+
+
+@every_case
+def test_pack_and_unpack_keep_every_bit_of_the_decoded_weight(quantizer, spec):
+    learned, fixed = encode(quantizer, spec)
+    # Training moves the arrays off the values they were made with.
+    learned = {name: x + 0.01 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+               for name, x in learned.items()}  # fmt: skip
+    fields = quantizer.pack(learned, fixed, spec)
+    trained = jax.jit(quantizer.decode, static_argnums=2)(learned, fixed, spec)
+    restored = quantizer.decode(*quantizer.unpack(fields, spec), spec)
+    assert np.array_equal(trained, restored)
+
+
+@every_case
+def test_storage_is_what_pack_gives(quantizer, spec):
+    fields = quantizer.pack(*encode(quantizer, spec), spec)
+    storage = quantizer.storage(spec)
+    assert {s.field: s.count for s in storage.streams} == {k: v.size for k, v in fields.items()}
+    for stream in storage.streams:
+        values = fields[stream.field]
+        if values.dtype.kind in "ub":  # codes, signs, levels: the width must hold every value
+            assert int(values.max()) < 2**stream.width
+        else:
+            assert 8 * values.dtype.itemsize == stream.width
+    bits = sum(
+        np.unpackbits(values.reshape(-1, 1).view(np.uint8), axis=1, bitorder="little")[
+            :, : stream.width
+        ].size
+        for stream in storage.streams
+        for values in [fields[stream.field]]
+    )
+    assert bits == storage.bits
+
+
+@every_quantizer
+def test_stacked_slices_are_what_single_weights_are(quantizer):
+    spec = SPECS["stacked"]
+    learned, fixed = encode(quantizer, spec)
+    decoded = quantizer.decode(learned, fixed, spec)
+    for i in range(3):
+        one = jax.tree.map(lambda x, i=i: x[i], (learned, fixed))
+        assert np.array_equal(quantizer.decode(*one, spec.slice_spec()), decoded[i])
+    assert quantizer.storage(spec).bits == 3 * quantizer.storage(spec.slice_spec()).bits
+
+
+@every_quantizer
+def test_decode_under_vmap(quantizer):
+    spec = SPECS["dense"]
+    one, two = encode(quantizer, spec, key=0), encode(quantizer, spec, key=1)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, two)
+    decoded = jax.vmap(lambda e: quantizer.decode(*e, spec))(both)
+    np.testing.assert_array_equal(decoded[1], quantizer.decode(*two, spec))
+
+
+@every_quantizer
+def test_gradients_reach_everything_learned(quantizer):
+    spec = SPECS["dense"]
+    learned, fixed = encode(quantizer, spec)
+    grads = jax.grad(
+        lambda learned: jnp.sum(jnp.sin(3 * quantizer.decode(learned, fixed, spec)))
+    )(learned)
+    assert all(np.any(np.asarray(grad)) for grad in grads.values())
+    assert all(np.all(np.isfinite(grad)) for grad in grads.values())
+
+
+@every_quantizer
+def test_same_key_same_bits(quantizer):
+    spec = SPECS["dense"]
+    first, second = encode(quantizer, spec), encode(quantizer, spec)
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
+
+
+@every_quantizer
+def test_a_weight_of_zeros_stays_zero(quantizer):
+    spec = SPECS["dense"]
+    encoded = quantizer.init(jax.random.key(0), jnp.zeros(spec.shape), spec)
+    assert not np.any(quantizer.decode(*encoded, spec))
+
+
+@every_quantizer
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_the_weights_does_not_matter(quantizer, scale):
+    if getattr(quantizer, "codebook_dtype", "") == "float16":
+        pytest.skip("a float16 codebook has float16's range")
+    spec = SPECS["dense"]
+    weight = scale * weight_of(spec)
+    decoded = quantizer.decode(*quantizer.init(jax.random.key(0), weight, spec), spec)
+    assert np.sum(np.square((weight - decoded) / scale)) < 0.6 * np.sum(np.square(weight / scale))
+
+
+@every_quantizer
+def test_importance_moves_error_away_from_what_matters(quantizer):
+    if quantizer == CASES["uniform 8 bit a tensor"]:
+        pytest.skip("one step for all: nothing to move")
+    spec = SPECS["dense"]
+    weight = weight_of(spec)
+    importance = jnp.where(jnp.arange(16) < 4, 100.0, 0.01)[:, None] * jnp.ones((1, 24))
+    plain = quantizer.decode(*quantizer.init(jax.random.key(0), weight, spec), spec)
+    guided = quantizer.decode(
+        *quantizer.init(jax.random.key(0), weight, spec, Calibration(importance)), spec
+    )
+    assert np.sum((weight - guided)[:4] ** 2) < np.sum((weight - plain)[:4] ** 2)
+
+
+@every_quantizer
+def test_json_round_trip(quantizer):
+    assert from_json(to_json(quantizer)) == quantizer
+    assert hash(from_json(to_json(quantizer))) == hash(quantizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Vector(codewords=1), "codewords=1: .* at least 2"),
+        (lambda: SignSplit(dim=0), "dim=0: .* at least 1"),
+        (lambda: SignSplit(alpha=0.0), r"alpha=0.0: .* positive"),
+        (lambda: SignSplit(alpha=float("nan")), "alpha=nan"),
+        (lambda: Vector(iterations=0), "iterations=0"),
+        (lambda: Uniform(bits=1), "bits=1: .* 2 to 8"),
+        (lambda: from_json({"method": "magic"}), "method 'magic' is unknown: choose one of"),
+        (lambda: from_json({"method": "uniform", "bit": 2}), r"no field \['bit'\]: it has"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("quantizer", [Vector(codewords=64, dim=4), SignSplit(64, 4)])
+def test_more_codewords_than_sub_vectors(quantizer):
+    with pytest.raises(ValueError, match=r"leaf 'w' .* 32 sub-vectors of dim 4, fewer than"):
+        quantizer.storage(LeafSpec("w", (8, 16), "float32"))
+
+
+def test_uniform_per_channel_needs_a_channel():
+    with pytest.raises(ValueError, match="leaf 'w' is a scalar: use per_channel=False"):
+        Uniform().storage(LeafSpec("w", (), "float32"))
+    assert dataclasses.replace(Uniform(), per_channel=False).storage(
+        LeafSpec("w", (), "float32")
+    ).bits == 24  # fmt: skip
+
+
+def test_split_is_used_by_hand():
+    learned, fixed = split({"params": {"b": 1}, "vq": {}, "vq_state": {"w": 2}})
+    assert learned | fixed == {"params": {"b": 1}, "vq": {}, "vq_state": {"w": 2}}
