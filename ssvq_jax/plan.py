@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from ssvq_jax import tree
@@ -284,21 +285,20 @@ def _nameless(spec: LeafSpec) -> LeafSpec:
     return dataclasses.replace(spec, path="")
 
 
-def _gather_calibration(
-    entry: Entry, calibration: Mapping[str, Calibration]
-) -> Calibration | None:
-    found = {leaf.path: calibration.get(leaf.path) for leaf in entry.leaves}
-    importances = {
-        leaf.path: jnp.ones(leaf.shape) if found[leaf.path] is None else found[leaf.path].importance
-        for leaf in entry.leaves
-    }
-    if all(item is None for item in found.values()):
+def _gather_calibration(entry: Entry, calibration: Mapping[str, Calibration]) -> Calibration | None:
+    importances = {}
+    for leaf in entry.leaves:
+        found = calibration.get(leaf.path)
+        if found is not None and found.importance is not None:
+            importances[leaf.path] = found.importance
+    if not importances:
         return None
-    return Calibration(importance=entry.gather(importances))
+    ones = {leaf.path: jnp.ones(leaf.shape) for leaf in entry.leaves}
+    return Calibration(importance=entry.gather(ones | importances))
 
 
 def _check_finite(path: str, weight: Any) -> None:
-    if isinstance(weight, jax.core.Tracer):
+    if isinstance(weight, Tracer):
         return
     bad = int(weight.size - jnp.sum(jnp.isfinite(weight)))
     if bad:

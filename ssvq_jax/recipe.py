@@ -117,25 +117,41 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     return tuple(recipe)
 
 
-def _transformer(quantizer: Quantizer) -> Recipe:
+def _transformer(quantizer: Quantizer, share: str | None = None) -> Recipe:
     """Every kernel of the blocks; patch embedding and heads int8; the rest dense."""
     return (
         Rule(r"(.*/)?(patch_embed|head|head_dist)/kernel", Uniform(bits=8), optional=True),
-        Rule(r"(.*/)?blocks_\d+/.*kernel", quantizer, optional=True),
-        Rule(r"(.*/)?blocks/.*kernel", quantizer, stacked=1, optional=True),
+        Rule(r"(.*/)?blocks_\d+/.*kernel", quantizer, share=share, optional=True),
+        Rule(
+            r"(.*/)?blocks/.*kernel",
+            quantizer,
+            stacked=0 if share else 1,
+            share=share,
+            optional=True,
+        ),
         Rule(r".*", None),
     )
 
 
-PRESETS: dict[str, Recipe] = {
+_CODEBOOK_PRESETS: dict[str, Quantizer] = {
     # The paper's 21x: 4 + 8 bits for 8 weights; VQ at the same 1.5 bits: 6 bits for 4 weights.
-    "ssvq-21x": _transformer(SignSplit(codewords=16, dim=8)),
-    "ssvq-fixed-21x": _transformer(SignSplit(codewords=16, dim=8, learn_signs=False)),
-    "vq-21x": _transformer(Vector(codewords=64, dim=4)),
+    "ssvq-21x": SignSplit(codewords=16, dim=8),
+    "ssvq-fixed-21x": SignSplit(codewords=16, dim=8, learn_signs=False),
+    "vq-21x": Vector(codewords=64, dim=4),
     # 1.25 bits: 2 + 8 bits for 8 weights, 5 bits for 4.
-    "ssvq-26x": _transformer(SignSplit(codewords=4, dim=8)),
-    "ssvq-fixed-26x": _transformer(SignSplit(codewords=4, dim=8, learn_signs=False)),
-    "vq-26x": _transformer(Vector(codewords=32, dim=4)),
+    "ssvq-26x": SignSplit(codewords=4, dim=8),
+    "ssvq-fixed-26x": SignSplit(codewords=4, dim=8, learn_signs=False),
+    "vq-26x": Vector(codewords=32, dim=4),
+}
+
+PRESETS: dict[str, Recipe] = {
+    **{name: _transformer(quantizer) for name, quantizer in _CODEBOOK_PRESETS.items()},
+    # One codebook for all blocks: for models so small that a codebook a kernel costs more than
+    # its codes.
+    **{
+        f"{name}-shared": _transformer(quantizer, share="blocks_codebook")
+        for name, quantizer in _CODEBOOK_PRESETS.items()
+    },
     "uniform-2bit": _transformer(Uniform(bits=2)),
     "uniform-8bit": _transformer(Uniform(bits=8)),
 }

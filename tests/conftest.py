@@ -1,6 +1,7 @@
 """Shared test set-up: run-time shape checks, strict promotion, the slow mark."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -14,6 +15,16 @@ _hook.__enter__()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with the embedded data set, prepared once."""
+    from ssvq_jax import data
+
+    root = tmp_path_factory.mktemp("tfds")
+    data.prepare_embedded(root)
+    return root
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

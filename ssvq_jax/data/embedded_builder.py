@@ -17,7 +17,7 @@ from ssvq_jax.data import embedded
 
 
 class MnistDigits5k(tfds.core.GeneratorBasedBuilder):
-    """5,000 MNIST digits in fixed, class-balanced splits of 3,000, 500 and 1,500.
+    """5,000 MNIST digits in fixed, class-balanced splits of 2,500, 1,000 and 1,500.
 
     Examples hold `image`, uint8 `[28, 28, 1]`, and `label`, 0 to 9. Images are stored as PNG:
     lossless, less than half the size of raw pixels, and the form that image sets have in TFDS.

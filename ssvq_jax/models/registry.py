@@ -15,7 +15,7 @@ CONFIGS: dict[str, ViTConfig] = {
     "deit_cifar": ViTConfig(image_size=32, patch_size=4, width=192, depth=9, heads=3, classes=10),
     # For 28x28 digits: 16 patches of 7x7.
     "deit_digits": ViTConfig(
-        image_size=28, channels=1, patch_size=7, width=96, depth=4, heads=3, classes=10
+        image_size=28, channels=1, patch_size=7, width=48, depth=2, heads=3, classes=10
     ),
 }
 

@@ -33,9 +33,7 @@ class Encoded(NamedTuple):
     fixed: dict[str, Array]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["importance"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """What data say about a weight.
@@ -84,9 +82,7 @@ class Storage:
 
     def times(self, slices: int) -> "Storage":
         """Storage of as many equal weights."""
-        return Storage(
-            tuple(dataclasses.replace(s, count=s.count * slices) for s in self.streams)
-        )
+        return Storage(tuple(dataclasses.replace(s, count=s.count * slices) for s in self.streams))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +136,7 @@ class Quantizer(abc.ABC):
         is what the finalized model computes.
         """
         one = spec.slice_spec()
-        decode = _over_slices(lambda enc: self.slice_decode(*enc, one), spec.stacked)
+        decode = _over_slices(lambda enc: self.slice_decode(enc[0], enc[1], one), spec.stacked)
         return decode((dict(learned), dict(fixed))).astype(spec.dtype)
 
     def storage(self, spec: LeafSpec) -> Storage:
@@ -161,7 +157,7 @@ class Quantizer(abc.ABC):
             stored dtype for codebooks and scales.
         """
         one = spec.slice_spec()
-        pack = _over_slices(lambda enc: self.slice_pack(*enc, one), spec.stacked)
+        pack = _over_slices(lambda enc: self.slice_pack(enc[0], enc[1], one), spec.stacked)
         return {k: np.asarray(v) for k, v in pack((dict(learned), dict(fixed))).items()}
 
     def unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:

@@ -68,7 +68,9 @@ class SignSplit(CodebookQuantizer):
         if self.learn_signs:
             # The latents keep the leaf's dtype: they are the largest thing that is trained.
             latent = (self.alpha * weight.astype("float32")).astype(spec.dtype)
-            return Encoded({**learned, "codebook": codebook, "sign_latent": latent}, {"codes": codes})
+            return Encoded(
+                {**learned, "codebook": codebook, "sign_latent": latent}, {"codes": codes}
+            )
         signs = weight < 0
         return Encoded({**learned, "codebook": codebook}, {"codes": codes, "signs": signs})
 

@@ -21,6 +21,7 @@ from ssvq_jax.quantizers.base import (
 )
 from ssvq_jax.tree import LeafSpec
 
+_SMALLEST_STEP = 2.0**-60  # its square is still a float32, so gradients stay finite
 _CANDIDATES = 64  # steps tried between 1/64 of and the whole of the range
 
 
@@ -109,7 +110,9 @@ class Uniform(Quantizer):
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Levels and steps."""
-        return Storage((Stream("levels", spec.size, self.bits), Stream("step", self._steps(spec), 16)))
+        return Storage(
+            (Stream("levels", spec.size, self.bits), Stream("step", self._steps(spec), 16))
+        )
 
     def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
         """Levels, shifted to be non-negative, and steps."""
@@ -134,5 +137,5 @@ class Uniform(Quantizer):
 
 
 def _positive(step: Float[Array, " steps"]) -> Float[Array, " steps"]:
-    """Steps as stored; a trained step never reaches zero."""
-    return round_scale(jnp.maximum(step, jnp.finfo(jnp.float32).tiny))
+    """Steps as stored. A step that training drives below the floor stops there."""
+    return round_scale(jnp.maximum(step, _SMALLEST_STEP))

@@ -37,7 +37,9 @@ def plot_signs(runs: Mapping[str, Records], file: Path) -> None:
         (line,) = axes.plot(steps, [100 * r["flipped"] for r in records], label=f"{name} flipped")
         frozen = [100 * r["frozen"] for r in records]
         axes.plot(steps, frozen, "--", color=line.get_color(), label=f"{name} frozen")
-    axes.set(xlabel="update", ylabel="share of signs, %", title="Signs flipped at least once, frozen")
+    axes.set(
+        xlabel="update", ylabel="share of signs, %", title="Signs flipped at least once, frozen"
+    )
     if axes.lines:
         axes.legend(fontsize="small")
     figure.savefig(file)

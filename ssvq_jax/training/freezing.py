@@ -24,7 +24,7 @@ class FreezeState(NamedTuple):
     """State of `freeze_signs`. Dictionaries hold an array of each sign latent's shape, by path.
 
     Attributes:
-        count: updates made.
+        step: updates made.
         frequency: float32 average of the oscillations; -1 before the first flip.
         opinion: what decides a frozen sign: int32 votes (positive minus negative observations) for
             "vote", float32 average of the signs for "average", nothing for "current".
@@ -32,7 +32,7 @@ class FreezeState(NamedTuple):
         inner: state of the inner transformation.
     """
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     frequency: dict[str, Float[Array, "..."]]
     opinion: dict[str, Int[Array, "..."] | Float[Array, "..."]]
     frozen: dict[str, Bool[Array, "..."]]
@@ -48,7 +48,7 @@ def freeze_signs(
     warmup: int = 0,
     freeze_to: FreezeTo = "vote",
     vote_window: int | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Freezes oscillating signs progressively; leaves other than ``sign_latent`` are untouched.
 
     Per update t and sign: o = 1 if the sign flips and has flipped before (of a binary variable,
@@ -95,12 +95,13 @@ def freeze_signs(
         [True, False]
     """
     _check(every, momentum, warmup, freeze_to, vote_window)
+    inner = optax.with_extra_args_support(inner)
     schedule: Callable[[Any], Any] = threshold if callable(threshold) else lambda _: threshold
 
     def init(params: optax.Params) -> FreezeState:
         latents = _latents(params)
         return FreezeState(
-            count=jnp.zeros([], jnp.int32),
+            step=jnp.zeros([], jnp.int32),
             frequency={p: jnp.full(x.shape, _NEVER_FLIPPED) for p, x in latents.items()},
             opinion={
                 p: jnp.zeros(x.shape, jnp.int32) if freeze_to == "vote" else _sign(x)
@@ -112,19 +113,19 @@ def freeze_signs(
         )
 
     def update(
-        grads: optax.Updates, state: FreezeState, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, FreezeState]:
         if params is None:
             raise ValueError("freeze_signs needs params: call update(grads, state, params)")
         latents, frozen = _latents(params), state.frozen
-        updates, inner_state = inner.update(_zero(grads, frozen), state.inner, params)
+        updates, inner_state = inner.update(_zero(updates, frozen), state.inner, params, **extra)
         moves = _latents(_zero(updates, frozen))
-        moved = optax.apply_updates(latents, moves)
+        moved = {path: _apply(latent, moves[path]) for path, latent in latents.items()}
 
-        count = optax.safe_increment(state.count)
+        step = jnp.asarray(optax.safe_increment(state.step))
         frequency, opinion = {}, {}
         # Only the updates just before a freezing step vote, if there is a window.
-        in_window = vote_window is None or (-count) % every < vote_window
+        in_window = vote_window is None or (-step) % every < vote_window
         for path, latent in latents.items():
             frequency[path] = _observe(state.frequency[path], latent, moved[path], momentum)
             if freeze_to == "vote":
@@ -136,7 +137,7 @@ def freeze_signs(
 
         def freeze(args: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             moves, opinion, frozen = args
-            limit = schedule(count)
+            limit = schedule(step)
             new_moves, new_frozen = {}, {}
             for path, latent in latents.items():
                 negative = _decide(opinion.get(path), latent, moved[path])
@@ -148,14 +149,14 @@ def freeze_signs(
                 opinion = jax.tree.map(jnp.zeros_like, opinion)
             return new_moves, opinion, new_frozen
 
-        due = (count % every == 0) & (count > warmup)
+        due = (step % every == 0) & (step > warmup)
         moves, opinion, frozen = jax.lax.cond(
             due, freeze, lambda args: args, (moves, opinion, frozen)
         )
         updates = fill(punch(updates, moves), moves)
-        return updates, FreezeState(count, frequency, opinion, frozen, inner_state)
+        return updates, FreezeState(step, frequency, opinion, frozen, inner_state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
@@ -211,6 +212,11 @@ def _zero(tree: Any, frozen: dict[str, Bool[Array, "..."]]) -> Any:
     return jax.tree_util.tree_map_with_path(zero, tree)
 
 
+def _apply(latent: Float[Array, "*s"], move: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The latent after the update, rounded as it will be."""
+    return jnp.asarray(optax.apply_updates(latent, move))
+
+
 def _sign(latent: Float[Array, "..."]) -> Float[Array, "..."]:
     """+1 or -1 in float32; zero is positive."""
     return jnp.where(latent < 0, -1.0, 1.0)
@@ -219,7 +225,7 @@ def _sign(latent: Float[Array, "..."]) -> Float[Array, "..."]:
 def _observe(
     frequency: Float[Array, "*s"], before: Float[Array, "*s"], after: Float[Array, "*s"], m: float
 ) -> Float[Array, "*s"]:
-    """f <- m*o + (1 - m)*f; the first flip only starts the average, at 0."""
+    """F <- m*o + (1 - m)*f; the first flip only starts the average, at 0."""
     flips = (before < 0) != (after < 0)
     average = m * flips.astype(frequency.dtype) + (1 - m) * frequency
     return jnp.where(frequency < 0, jnp.where(flips, 0.0, _NEVER_FLIPPED), average)

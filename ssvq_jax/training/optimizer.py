@@ -1,6 +1,7 @@
 """The optimizer of a fine-tuning run: a learning rate a group, clipping, sign freezing."""
 
 import dataclasses
+from collections.abc import Hashable
 
 import optax
 
@@ -39,7 +40,7 @@ class OptimizerConfig:
         dense: learning rate of uncompressed leaves.
         codebook: learning rate of codebooks.
         sign: learning rate of sign latents; relative to the weights' scale it sets how many flip.
-        scale: learning rate of scales and steps.
+        scale: learning rate of scales and steps, relative to their root mean square.
         latent: learning rate of the float weights behind uniform quantization.
         weight_decay: of dense leaves and latent weights; codebooks and signs have none.
         warmup_share: share of the run in which rates rise linearly.
@@ -50,7 +51,7 @@ class OptimizerConfig:
     dense: float = 1e-4
     codebook: float = 1e-3
     sign: float = 1e-3
-    scale: float = 1e-4
+    scale: float = 1e-3
     latent: float = 1e-4
     weight_decay: float = 0.01
     warmup_share: float = 0.05
@@ -71,11 +72,15 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
         without can be compared; the state is empty where a plan has no sign latents.
     """
     adam, adamw = optax.adam, optax.adamw
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "dense": adamw(_schedule(config.dense, steps, config), weight_decay=config.weight_decay),
         "codebook": adam(_schedule(config.codebook, steps, config)),
         "sign": adam(_schedule(config.sign, steps, config)),
-        "scale": adam(_schedule(config.scale, steps, config)),
+        # An 8-bit step is a hundred times smaller than a channel scale: updates are relative.
+        "scale": optax.chain(
+            adam(_schedule(config.scale, steps, config)),
+            optax.scale_by_param_block_rms(min_scale=1e-12),
+        ),
         "latent": adamw(_schedule(config.latent, steps, config), weight_decay=config.weight_decay),
     }
     inner = optax.chain(
@@ -96,6 +101,4 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
 
 
 def _schedule(peak: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(
-        0.0, peak, round(config.warmup_share * steps), steps
-    )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, round(config.warmup_share * steps), steps)

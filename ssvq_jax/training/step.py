@@ -50,7 +50,7 @@ def linen_forward(module: nn.Module) -> Forward:
     def forward(
         params: PyTree, model_state: PyTree, images: Array, key: Key[Array, ""] | None
     ) -> tuple[Float[Array, "b classes"], PyTree]:
-        train = {"train": key is not None} if takes_train else {}
+        train: dict[str, Any] = {"train": key is not None} if takes_train else {}
         variables = {"params": params, **model_state}
         if key is None:
             return jnp.asarray(module.apply(variables, images, **train)), model_state

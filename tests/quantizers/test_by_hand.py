@@ -143,7 +143,7 @@ def test_uniform_levels_and_lsq_gradients_by_hand():
     decoded = quantizer.decode(learned, {}, spec)
     assert decoded.tolist() == [0, 1, 1.5, 1.5, -2, -2]  # 2.0 and -9.0 are clipped
     grad = jax.grad(lambda p: jnp.sum(quantizer.decode(p, {}, spec)))(learned)
-    # Inside the range (its end, -4, included at one half by JAX's clip) the latent's gradient passes.
+    # Inside the range the latent's gradient passes (at its very end, -4, JAX's clip decides).
     assert grad["latent"].tolist()[:4] == [1, 1, 1, 0]
     assert grad["latent"].tolist()[5] == 0
     # d/ds: round(v) - v inside, 3 or -4 outside, times 1/sqrt(N * Q_p); v = W/s.

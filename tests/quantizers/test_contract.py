@@ -1,6 +1,7 @@
 """What every registered method must do. A new method is added to CASES and gets all of it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ def weight_of(spec: LeafSpec) -> jax.Array:
     return weight.at[..., 0].multiply(1e-6).astype(spec.dtype)
 
 
+@functools.cache  # compiling an encoder takes a second
 def encode(quantizer, spec, key=0):
     return jax.jit(quantizer.init, static_argnums=2)(jax.random.key(key), weight_of(spec), spec)
 
@@ -137,9 +139,9 @@ def test_decode_under_vmap(quantizer):
 def test_gradients_reach_everything_learned(quantizer):
     spec = SPECS["dense"]
     learned, fixed = encode(quantizer, spec)
-    grads = jax.grad(
-        lambda learned: jnp.sum(jnp.sin(3 * quantizer.decode(learned, fixed, spec)))
-    )(learned)
+    grads = jax.grad(lambda learned: jnp.sum(jnp.sin(3 * quantizer.decode(learned, fixed, spec))))(
+        learned
+    )
     assert all(np.any(np.asarray(grad)) for grad in grads.values())
     assert all(np.all(np.isfinite(grad)) for grad in grads.values())
 

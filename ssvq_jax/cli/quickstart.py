@@ -1,0 +1,228 @@
+"""``ssvq quickstart``: a whole compression on real digits, against the baselines."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.plan import Plan
+    from ssvq_jax.training.finetune import Finetuned, Task
+    from ssvq_jax.training.optimizer import OptimizerConfig
+    from ssvq_jax.tree import PyTree
+
+MODEL = "deit_digits"
+METHODS = (
+    "vq-21x-shared",
+    "ssvq-fixed-21x-shared",
+    "ssvq-21x-shared",
+    "vq-26x-shared",
+    "ssvq-fixed-26x-shared",
+    "ssvq-26x-shared",
+    "uniform-2bit",
+    "uniform-8bit",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartCommand:
+    """Train a small vision transformer on real digits, compress it 21 and 26 times, compare.
+
+    Uses 5,000 MNIST digits that come with the installation; nothing is downloaded. A float model is
+    trained first; then every method compresses it and is fine-tuned with the same data and steps.
+    The table shows test accuracy of the finalized models, and the bits they store. About five
+    minutes on two CPU cores.
+    """
+
+    out: Path = Path("runs/quickstart")
+    """Folder for results.json, metrics.jsonl, plans and pictures."""
+    seed: int = 0
+    """Decides initial weights, clustering, and the order and augmentation of the data."""
+    methods: tuple[str, ...] = METHODS
+    """Recipes to compare: names of presets. The small model shares one codebook ("-shared")."""
+    float_steps: int = 6000
+    """Updates of the float model."""
+    steps: int = 800
+    """Updates of every compressed model."""
+    batch_size: int = 64
+    """Images an update."""
+    data_dir: Path | None = None
+    """Where the prepared digits are kept; by default TensorFlow Datasets' own folder."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.float_steps < 1:
+            raise ValueError("steps and float_steps: give at least 1")
+
+    def run(self) -> None:
+        """Runs the comparison, shows it, and writes everything."""
+        from ssvq_jax.report import plot_accuracy, plot_signs, plot_tradeoff, print_results
+
+        results, histories = compare(self)
+        plot_accuracy(histories, self.out / "accuracy.png")
+        plot_signs(histories, self.out / "signs.png")
+        plot_tradeoff(results, self.out / "tradeoff.png")
+        print_results(results)
+        print(f"results and pictures are in {self.out}")
+
+
+def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains, compresses by every method, and writes ``results.json`` after each.
+
+    Returns:
+        The results, and the training records by method.
+    """
+    from ssvq_jax.plan import make_plan
+    from ssvq_jax.recipe import load_recipe
+    from ssvq_jax.report import provenance
+
+    recipes = {name: load_recipe(name) for name in command.methods}  # fails before any work
+    start = time.perf_counter()
+    command.out.mkdir(parents=True, exist_ok=True)
+    metrics_file = command.out / "metrics.jsonl"
+    metrics_file.unlink(missing_ok=True)
+    task = load_task(command, "test")
+    trained = train_float(command, task, metrics_file)
+    config = dataclasses.asdict(command)
+    results: dict[str, Any] = {
+        "config": config | {"out": str(command.out), "data_dir": str(command.data_dir)},
+        **provenance(),
+        "float": {
+            "accuracy": trained.after.accuracy,
+            "standard_error": trained.after.standard_error,
+            "loss": trained.after.loss,
+            "examples": trained.after.examples,
+            "steps": command.float_steps,
+            "seconds": sum(trained.seconds.values()),
+        },
+        "methods": {},
+    }
+    histories = {}
+    for name, recipe in recipes.items():
+        label = name.removesuffix("-shared")
+        plan = make_plan(trained.packed.params, recipe)
+        optimizer = tuned_optimizer(plan)
+        done = compress(command, task, plan, trained.packed.params, optimizer, label, metrics_file)
+        histories[label] = done.records
+        results["methods"][label] = {"recipe": name, **_row(plan, done, command.steps)}
+        results["seconds"] = time.perf_counter() - start
+        (command.out / f"{label}.plan.json").write_text(json.dumps(plan.to_json(), indent=1))
+        (command.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results, histories
+
+
+def load_task(command: QuickstartCommand, split: str) -> "Task":
+    """The digits and the model, judged on a split."""
+    from ssvq_jax import data
+    from ssvq_jax.models import create
+    from ssvq_jax.training.finetune import Task
+    from ssvq_jax.training.step import linen_forward
+
+    train = data.load_split(data.EMBEDDED_NAME, "train", command.data_dir)
+    held_out = data.load_split(data.EMBEDDED_NAME, split, command.data_dir)
+    augment = (data.Affine(degrees=12.0, scale=0.12), data.Shift(2))
+    return Task(
+        forward=linen_forward(create(MODEL)),
+        train_batches=lambda seed: data.train_batches(
+            train, command.batch_size, seed=seed, augment=augment
+        ),
+        eval_batches=lambda: data.eval_batches(held_out, 500),
+    )
+
+
+def train_float(
+    command: QuickstartCommand, task: "Task", metrics_file: Path | None = None
+) -> "Finetuned":
+    """Trains the float model: the plan that compresses nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    from ssvq_jax.models import create, param_shapes
+    from ssvq_jax.plan import make_plan
+    from ssvq_jax.training.finetune import finetune
+    from ssvq_jax.training.optimizer import OptimizerConfig
+
+    model = create(MODEL)
+    config = model.config
+    image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+    init_key, key = jax.random.split(jax.random.key(command.seed))
+    params = jax.jit(model.init)(init_key, image)["params"]
+    return finetune(
+        task,
+        make_plan(param_shapes(model), [(".*", None)]),
+        params,
+        key=key,
+        seed=command.seed,
+        steps=command.float_steps,
+        optimizer=OptimizerConfig(dense=2e-3, weight_decay=0.05, freeze=None),
+        name="float",
+        metrics_file=metrics_file,
+    )
+
+
+def compress(
+    command: QuickstartCommand,
+    task: "Task",
+    plan: "Plan",
+    params: "PyTree",
+    optimizer: "OptimizerConfig",
+    name: str,
+    metrics_file: Path | None = None,
+) -> "Finetuned":
+    """Compresses the float model by a plan and fine-tunes it; equal seeds see equal batches."""
+    import jax
+
+    from ssvq_jax.training.finetune import finetune
+
+    return finetune(
+        task,
+        plan,
+        params,
+        key=jax.random.fold_in(jax.random.key(command.seed), 1),
+        seed=command.seed + 1_000_000,  # not the batches of the float run
+        steps=command.steps,
+        optimizer=optimizer,
+        name=name,
+        metrics_file=metrics_file,
+    )
+
+
+def tuned_optimizer(plan: "Plan") -> "OptimizerConfig":
+    """Settings for a plan's main method.
+
+    Chosen on the validation split by the same random search for every method, at the harder ratio:
+    experiments/quickstart_tuning.py.
+    """
+    from ssvq_jax.quantizers import SignSplit, Uniform
+    from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
+
+    main = max(plan.entries, key=lambda entry: entry.spec.size).quantizer
+    match main:
+        case SignSplit(learn_signs=True):
+            freeze = FreezeConfig(every=50, start=0.1, end=0.02, momentum=0.02)
+            return OptimizerConfig(dense=1e-3, codebook=1e-3, sign=1e-3, freeze=freeze)
+        case SignSplit():
+            return OptimizerConfig(dense=1e-3, codebook=1e-3, freeze=None)
+        case Uniform():
+            return OptimizerConfig(dense=1e-3, latent=1e-3, freeze=None)
+        case _:
+            return OptimizerConfig(dense=1e-3, codebook=1e-3, freeze=None)
+
+
+def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:
+    bits, last = plan.bits(), done.records[-1]
+    return {
+        "bits_per_weight": bits.main.bits_per_weight,
+        "compression_ratio": bits.main.compression_ratio,
+        "file_ratio": bits.file_ratio,
+        "stored_bytes": sum(row.stored_bytes for row in bits.rows),
+        "accuracy_before": done.before.accuracy,
+        "accuracy_after": done.after.accuracy,
+        "standard_error": done.after.standard_error,
+        "loss_before": done.before.loss,
+        "loss_after": done.after.loss,
+        "signs": {key: last[key] for key in ("flipped", "frozen") if key in last},
+        "steps": steps,
+        "seconds": sum(done.seconds.values()),
+        "seconds_by_part": done.seconds,
+    }

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from ssvq_jax import PRESETS, Rule, SignSplit, load_recipe
+from ssvq_jax.recipe import as_recipe, recipe_from_json, recipe_to_json
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_round_trip_through_a_file(name, tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe_to_json(PRESETS[name])))
+    assert load_recipe(str(file)) == PRESETS[name]
+
+
+def test_every_field_of_a_rule_round_trips():
+    recipe = (
+        Rule("a", SignSplit(4, 8), stacked=2),
+        Rule("b", SignSplit(4, 8), share="s", optional=True),
+        Rule("c", None),
+    )
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe)))) == recipe
+
+
+def test_patterns_match_whole_paths():
+    assert Rule("a/kernel", None).matches("a/kernel")
+    assert not Rule("kernel", None).matches("a/kernel")
+    assert not Rule("a/kern", None).matches("a/kernel")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rule("(", None), r"rule '\(' is not a regular expression"),
+        (lambda: Rule("a", None, stacked=-1), "rule 'a': stacked=-1 is negative"),
+        (lambda: Rule("a", SignSplit(), stacked=1, share="s"), "share='s' needs .* stacked=0"),
+        (lambda: Rule("a", None, share="s"), "share='s' needs a quantizer"),
+        (lambda: as_recipe([("a", None, 1)]), "is no rule: give"),
+        (lambda: load_recipe("ssvq-99x"), "neither a file nor a preset: choose one of .*ssvq-21x"),
+        (lambda: recipe_from_json({"rules": []}), "not a recipe: it needs"),
+        (
+            lambda: recipe_from_json({"format": 1, "rules": [{"pattern": "a"}]}),
+            r"has fields \['pattern'\]: it takes",
+        ),
+    ],
+)
+def test_bad_recipes_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bad_recipe_file_is_named(tmp_path):
+    file = tmp_path / "broken.json"
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"recipe file '.*broken.json'"):
+        load_recipe(str(file))
