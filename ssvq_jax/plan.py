@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -46,8 +46,6 @@ class Plan:
         key: Key[Array, ""],
         params: PyTree,
         calibration: Mapping[str, Calibration] | None = None,
-        *,
-        on_entry: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Encodes the weights.
 
@@ -55,7 +53,6 @@ class Plan:
             key: typed PRNG key; every entry uses its own, derived from its name.
             params: the tree of float arrays the plan was made for.
             calibration: what data say about leaves, by leaf path; optional, leaf by leaf.
-            on_entry: called with an entry's name when it is done, for progress bars.
 
         Returns:
             The collections: ``params`` (the dense leaves; None in the holes), ``vq`` (floats that
@@ -82,8 +79,6 @@ class Plan:
             learned[entry.name] = encoded.learned
             if encoded.fixed:
                 fixed[entry.name] = encoded.fixed
-            if on_entry is not None:
-                on_entry(entry.name)
         return {"params": tree.punch(params, self.compressed), "vq": learned, "vq_state": fixed}
 
     def decode(self, variables: Variables) -> PyTree:

@@ -102,7 +102,9 @@ def freeze_signs(
         latents = _latents(params)
         return FreezeState(
             step=jnp.zeros([], jnp.int32),
-            frequency={p: jnp.full(x.shape, _NEVER_FLIPPED) for p, x in latents.items()},
+            frequency={
+                p: jnp.full(x.shape, _NEVER_FLIPPED, jnp.float32) for p, x in latents.items()
+            },
             opinion={
                 p: jnp.zeros(x.shape, jnp.int32) if freeze_to == "vote" else _sign(x)
                 for p, x in latents.items()
@@ -219,7 +221,7 @@ def _apply(latent: Float[Array, "*s"], move: Float[Array, "*s"]) -> Float[Array,
 
 def _sign(latent: Float[Array, "..."]) -> Float[Array, "..."]:
     """+1 or -1 in float32; zero is positive."""
-    return jnp.where(latent < 0, -1.0, 1.0)
+    return jnp.where(latent < 0, -1.0, 1.0).astype(jnp.float32)
 
 
 def _observe(

@@ -191,7 +191,8 @@ def test_frozen_entries_weigh_in_no_norm():
 
 
 def test_frozen_entries_ignore_momentum_and_weight_decay():
-    tx = freeze_signs(optax.adamw(0.1, weight_decay=0.5), every=2, threshold=0.1, momentum=0.5)
+    inner = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1.0, momentum=0.1))
+    tx = freeze_signs(inner, every=2, threshold=0.1, momentum=0.5)
     params = tree([0.05, 5.0])
     state = tx.init(params)
     values = []
