@@ -5,8 +5,8 @@ harder ratio (uniform: at 2 bits). The lowest mean validation loss wins; the tes
 
     python experiments/quickstart_tuning.py --out experiments/results/quickstart_tuning.json
 
-About 15 minutes on two CPU cores; a stop costs one trial, the same command goes on. Expected:
-losses between 0.11 and 0.2, learned signs below VQ below fixed signs.
+About 20 minutes on two CPU cores; a stop costs one trial, the same command goes on. Expected: best
+losses of 0.109 (uniform at 2 bits), 0.126 (learned signs), 0.131 (VQ) and 0.144 (fixed signs).
 """
 
 import dataclasses
@@ -36,6 +36,9 @@ USED = {
     "ssvq-26x-shared": ("dense", "codebook", "sign"),
     "uniform-2bit": ("dense", "latent"),
 }
+# After eight trials the best of VQ and of fixed signs lay near the upper end for dense leaves: the
+# later trials of all methods look above it.
+LATER = {"from": 8, "dense": (3e-3, 2e-2)}
 THRESHOLDS = ((0.2, 0.05), (0.1, 0.02), (0.05, 0.01))
 
 
@@ -50,7 +53,7 @@ class Config:
     """
 
     out: Path = Path("experiments/results/quickstart_tuning.json")
-    trials: int = 8
+    trials: int = 11
     seeds: tuple[int, ...] = (100, 101)
 
 
@@ -59,7 +62,8 @@ def draw(recipe: str, trial: int) -> OptimizerConfig:
     generator = np.random.default_rng([trial, RECIPES.index(recipe)])
     rates: dict[str, Any] = {}
     for name in USED[recipe]:
-        low, high = np.log(RATES[name])
+        later = trial >= LATER["from"] and name in LATER
+        low, high = np.log(LATER[name] if later else RATES[name])
         rates[name] = float(f"{np.exp(generator.uniform(low, high)):.2g}")
     freeze = None
     if "sign" in rates:

@@ -1,4 +1,4 @@
-"""What one quantizer call of a plan covers: one leaf, or the leaves that share a codebook."""
+"""Rules matched to leaves: what one quantizer call covers, a leaf or leaves sharing a codebook."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ssvq_jax.blocks import BlockLayout
 from ssvq_jax.quantizers import Quantizer, Storage
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
-from ssvq_jax.recipe import Rule
+from ssvq_jax.recipe import Recipe, Rule
 from ssvq_jax.tree import LeafSpec
 
 
@@ -121,3 +121,59 @@ def share_entry(name: str, members: list[tuple[Rule, LeafSpec]]) -> SharedEntry:
     leaves = tuple(spec for _, spec in members)
     joined = dataclasses.replace(quantizer, axis=-1)
     return SharedEntry(name, joined, leaves, quantizer.axis)
+
+
+def match_rules(
+    recipe: Recipe, specs: Mapping[str, LeafSpec]
+) -> tuple[list[LeafSpec], list[Entry]]:
+    """Finds the rule of every leaf and checks that its quantizer can take it.
+
+    Returns:
+        The leaves, with the stacked axes that their rules say, and what is compressed.
+
+    Raises:
+        ValueError: see `ssvq_jax.make_plan`.
+    """
+    leaves: list[LeafSpec] = []
+    entries: list[Entry] = []
+    matched: set[Rule] = set()
+    shares: dict[str, list[tuple[Rule, LeafSpec]]] = {}
+    uncovered = []
+    for path, spec in specs.items():
+        rule = next((rule for rule in recipe if rule.matches(path)), None)
+        if rule is None:
+            uncovered.append(path)
+            continue
+        matched.add(rule)
+        if rule.quantizer is not None:
+            spec = dataclasses.replace(spec, stacked=rule.stacked)
+            if rule.share is not None:
+                shares.setdefault(rule.share, []).append((rule, spec))
+            else:
+                entries.append(Entry(path, rule.quantizer, (spec,)))
+        leaves.append(spec)
+    if uncovered:
+        raise ValueError(
+            f"no rule covers {_some(uncovered)}: add a rule for them, or end with ('.*', None) to "
+            "keep the rest dense"
+        )
+    idle = [rule.pattern for rule in recipe if rule not in matched and not rule.optional]
+    wanted = any(rule.quantizer is not None for rule in recipe)
+    if idle or (wanted and not entries and not shares):
+        raise ValueError(
+            f"{'rules ' + _some(idle) + ' match' if idle else 'the recipe matches'} no leaf that "
+            "an earlier rule has not taken: patterns must match whole leaf paths, which here are "
+            f"{_some(list(specs))}"
+        )
+    for name, members in shares.items():
+        if name in specs:
+            raise ValueError(f"share='{name}' is also the path of a leaf: choose another name")
+        entries.append(share_entry(name, members))
+    for entry in entries:
+        entry.check()
+    return leaves, entries
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:most])
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from ssvq_jax import tree
 from ssvq_jax.bits import BitsTable, bits_table
-from ssvq_jax.entries import Entry, share_entry
+from ssvq_jax.entries import Entry, match_rules
 from ssvq_jax.quantizers import Calibration, Encoded, Quantizer
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
@@ -155,7 +155,7 @@ class Plan:
         if set(data) != {"recipe", "leaves"}:
             raise ValueError(f"not a plan: it needs 'recipe' and 'leaves', not {sorted(data)}")
         specs = {leaf["path"]: LeafSpec(**leaf) for leaf in data["leaves"]}
-        return bind(recipe_from_json(data["recipe"]), specs)
+        return _bind(recipe_from_json(data["recipe"]), specs)
 
     def _matching_leaves(self, params: PyTree) -> dict[str, Any]:
         arrays = tree.leaves_by_path(params)
@@ -221,46 +221,11 @@ def make_plan(params: PyTree, rules: Iterable[Rule | tuple[str, Quantizer | None
         >>> plan.bits().compressed.bits_per_weight
         1.75390625
     """
-    return bind(as_recipe(rules), tree.leaf_specs(params))
+    return _bind(as_recipe(rules), tree.leaf_specs(params))
 
 
-def bind(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> Plan:
-    """Binds a recipe to described leaves; see `make_plan`."""
-    leaves, entries, matched = [], [], set()
-    shares: dict[str, list[tuple[Rule, LeafSpec]]] = {}
-    uncovered = []
-    for path, spec in specs.items():
-        rule = next((rule for rule in recipe if rule.matches(path)), None)
-        if rule is None:
-            uncovered.append(path)
-            continue
-        matched.add(rule)
-        if rule.quantizer is not None:
-            spec = dataclasses.replace(spec, stacked=rule.stacked)
-            if rule.share is not None:
-                shares.setdefault(rule.share, []).append((rule, spec))
-            else:
-                entries.append(Entry(path, rule.quantizer, (spec,)))
-        leaves.append(spec)
-    if uncovered:
-        raise ValueError(
-            f"no rule covers {_some(uncovered)}: add a rule for them, or end with ('.*', None) to "
-            "keep the rest dense"
-        )
-    idle = [rule.pattern for rule in recipe if rule not in matched and not rule.optional]
-    wanted = any(rule.quantizer is not None for rule in recipe)
-    if idle or (wanted and not entries and not shares):
-        raise ValueError(
-            f"{'rules ' + _some(idle) + ' match' if idle else 'the recipe matches'} no leaf that "
-            "an earlier rule has not taken: patterns must match whole leaf paths, which here are "
-            f"{_some(list(specs))}"
-        )
-    for name, members in shares.items():
-        if name in specs:
-            raise ValueError(f"share='{name}' is also the path of a leaf: choose another name")
-        entries.append(share_entry(name, members))
-    for entry in entries:
-        entry.check()
+def _bind(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> Plan:
+    leaves, entries = match_rules(recipe, specs)
     return Plan(recipe, tuple(leaves), tuple(entries))
 
 
@@ -301,8 +266,3 @@ def _check_finite(path: str, weight: Any) -> None:
             f"leaf '{path}' holds {bad} NaN or infinite values of {weight.size}: repair the "
             "checkpoint, or keep the leaf dense (quantizer None)"
         )
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:most])
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "")

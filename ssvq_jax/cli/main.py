@@ -15,13 +15,16 @@ Command = (
 )
 
 
+DESCRIPTION = "Compress trained JAX models 10 to 30 times and check what it costs."
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compress trained JAX models 10 to 30 times and check what it costs.
+    """Runs a command.
 
     Args:
         arguments: the command line; by default the program's own.
     """
-    command = tyro.cli(Command, prog="ssvq", description=main.__doc__, args=arguments)
+    command = tyro.cli(Command, prog="ssvq", description=DESCRIPTION, args=arguments)
     try:
         command.run()
     except (ValueError, OSError) as error:

@@ -104,7 +104,11 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
         optimizer = tuned_optimizer(plan)
         done = compress(command, task, plan, trained.packed.params, optimizer, label, metrics_file)
         histories[label] = done.records
-        results["methods"][label] = {"recipe": name, **_row(plan, done, command.steps)}
+        results["methods"][label] = {
+            "recipe": name,
+            "optimizer": dataclasses.asdict(optimizer),
+            **_row(plan, done, command.steps),
+        }
         results["seconds"] = time.perf_counter() - start
         (command.out / f"{label}.plan.json").write_text(json.dumps(plan.to_json(), indent=1))
         (command.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -199,14 +203,14 @@ def tuned_optimizer(plan: "Plan") -> "OptimizerConfig":
     main = max(plan.entries, key=lambda entry: entry.spec.size).quantizer
     match main:
         case SignSplit(learn_signs=True):
-            freeze = FreezeConfig(every=50, start=0.1, end=0.02, momentum=0.02)
-            return OptimizerConfig(dense=1e-3, codebook=1e-3, sign=1e-3, freeze=freeze)
+            freeze = FreezeConfig(every=50, start=0.2, end=0.05, momentum=0.02)
+            return OptimizerConfig(dense=2e-3, codebook=4.3e-3, sign=7.1e-4, freeze=freeze)
         case SignSplit():
-            return OptimizerConfig(dense=1e-3, codebook=1e-3, freeze=None)
+            return OptimizerConfig(dense=1.4e-2, codebook=1.5e-3, freeze=None)
         case Uniform():
-            return OptimizerConfig(dense=1e-3, latent=1e-3, freeze=None)
+            return OptimizerConfig(dense=1.9e-2, latent=7.8e-4, freeze=None)
         case _:
-            return OptimizerConfig(dense=1e-3, codebook=1e-3, freeze=None)
+            return OptimizerConfig(dense=1.6e-2, codebook=1.2e-3, freeze=None)
 
 
 def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:

@@ -70,21 +70,26 @@ def fit(
 
 def _progress() -> Any:
     from rich import progress as bars  # here, since importing rich is slow
+    from rich.console import Console
 
+    console = Console()
+    if not console.is_terminal:  # a pipe or log has no width: do not cut
+        console = Console(width=120)
     return bars.Progress(
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
+        bars.BarColumn(bar_width=12),
         bars.MofNCompleteColumn(),
         bars.TextColumn("{task.fields[figures]}"),
-        bars.TimeRemainingColumn(),
+        bars.TimeRemainingColumn(compact=True),
+        console=console,
     )
 
 
 def _readable(record: dict[str, Any]) -> str:
-    parts = [f"{record['steps_per_second']:.1f}/s", f"loss {record['loss']:.3f}"]
+    parts = [f"{record['steps_per_second']:.0f}/s", f"loss {record['loss']:.3f}"]
     parts += [
-        f"{key} {100 * record[key]:.1f} %"
+        f"{key} {100 * record[key]:.1f}%"
         for key in ("accuracy", "flipped", "frozen")
         if key in record
     ]
-    return "  ".join(parts)
+    return " ".join(parts)
