@@ -11,7 +11,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,6 @@ class BlockLayout:
         if not self.padding:
             return None
         return self.split(jnp.ones(self.shape, bool))
-
-    def split_optional(self, values: Float[Array, "..."] | None) -> Float[Array, "n d"] | None:
-        """Cuts an array that goes with the weight (an importance), if there is one."""
-        return None if values is None else self.split(values)
 
 
 def block_layout(

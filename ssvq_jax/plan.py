@@ -57,16 +57,19 @@ class Plan:
         Returns:
             The collections: ``params`` (the dense leaves; None in the holes), ``vq`` (floats that
             gradients train) and ``vq_state`` (integers and booleans that they do not), the latter
-            two by entry name.
+            two by entry name. Dense leaves are not copied: copy them before a step donates them.
 
         Raises:
-            ValueError: if the tree is not the plan's, or a compressed leaf holds NaN or infinity.
+            ValueError: if the tree is not the plan's, a compressed leaf holds NaN or infinity, or a
+                calibration does not fit its leaf.
         """
         arrays = self._matching_leaves(params)
         calibration = dict(calibration or {})
         unknown = sorted(set(calibration) - self.compressed)
         if unknown:
             raise ValueError(f"calibration for {unknown}, which this plan does not compress")
+        for path, found in calibration.items():
+            _check_importance(path, arrays[path].shape, found)
         learned, fixed = {}, {}
         for entry in self.entries:
             for leaf in entry.leaves:
@@ -89,7 +92,11 @@ class Plan:
 
         Returns:
             A tree of the user's structure, shapes and dtypes.
+
+        Raises:
+            ValueError: if a collection is missing.
         """
+        tree.split(variables)  # names a missing collection
         leaves = {}
         for entry in self.entries:
             encoded = variables["vq"][entry.name], variables["vq_state"].get(entry.name, {})
@@ -122,7 +129,11 @@ class Plan:
 
         Returns:
             The packed model; it decodes to the very weights that training saw last.
+
+        Raises:
+            ValueError: if a collection is missing.
         """
+        tree.split(variables)
         fields = {}
         for entry in self.entries:
             encoded = variables["vq"][entry.name], variables["vq_state"].get(entry.name, {})
@@ -154,7 +165,10 @@ class Plan:
         """
         if set(data) != {"recipe", "leaves"}:
             raise ValueError(f"not a plan: it needs 'recipe' and 'leaves', not {sorted(data)}")
-        specs = {leaf["path"]: LeafSpec(**leaf) for leaf in data["leaves"]}
+        try:
+            specs = {leaf["path"]: LeafSpec(**leaf) for leaf in data["leaves"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a plan: a leaf lacks {error} or has a bad one") from None
         return _bind(recipe_from_json(data["recipe"]), specs)
 
     def _matching_leaves(self, params: PyTree) -> dict[str, Any]:
@@ -255,6 +269,24 @@ def _gather_calibration(entry: Entry, calibration: Mapping[str, Calibration]) ->
         return None
     ones = {leaf.path: jnp.ones(leaf.shape) for leaf in entry.leaves}
     return Calibration(importance=entry.gather(ones | importances))
+
+
+def _check_importance(path: str, shape: tuple[int, ...], calibration: Calibration) -> None:
+    importance = calibration.importance
+    if importance is None:
+        return
+    if importance.shape != shape:
+        raise ValueError(
+            f"calibration of leaf '{path}': the importance has shape {importance.shape}, the leaf "
+            f"{shape}: give one number an element"
+        )
+    if isinstance(importance, Tracer):
+        return
+    if not bool(jnp.all(jnp.isfinite(importance) & (importance >= 0)) & jnp.any(importance > 0)):
+        raise ValueError(
+            f"calibration of leaf '{path}': the importance must be finite, nowhere negative and "
+            "somewhere positive"
+        )
 
 
 def _check_finite(path: str, weight: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from ssvq_jax import quantizers
 from ssvq_jax.quantizers import Quantizer, SignSplit, Uniform, Vector
+from ssvq_jax.quantizers.base import check_integer
+from ssvq_jax.quantizers.codebook import CodebookQuantizer
 
 FORMAT = 1
 
@@ -34,6 +36,8 @@ class Rule:
     optional: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"rule {self.pattern!r}: the pattern must be a string")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -45,13 +49,14 @@ class Rule:
                 f"rule '{self.pattern}' has {self.quantizer!r} for a quantizer: give a record like "
                 "SignSplit(codewords=16, dim=8), or None to keep leaves dense"
             )
-        if self.stacked < 0:
-            raise ValueError(f"rule '{self.pattern}': stacked={self.stacked} is negative")
+        check_integer("stacked", self.stacked, least=0)
         if self.share is not None and (self.stacked or self.quantizer is None):
             raise ValueError(
                 f"rule '{self.pattern}': share='{self.share}' needs a quantizer and stacked=0 (one "
                 "codebook for all leaves and all their slices)"
             )
+        if self.stacked and self.quantizer is None:
+            raise ValueError(f"rule '{self.pattern}': stacked={self.stacked} needs a quantizer")
 
     def matches(self, path: str) -> bool:
         """Whether the rule covers a leaf path."""
@@ -74,7 +79,10 @@ def as_recipe(rules: Iterable[Rule | tuple[str, Quantizer | None]]) -> Recipe:
         elif isinstance(rule, tuple) and len(rule) == 2:
             recipe.append(Rule(*rule))
         else:
-            raise ValueError(f"{rule!r} is no rule: give Rule(...) or (pattern, quantizer)")
+            raise ValueError(
+                f"{rule!r} is no rule: give Rule(...) or (pattern, quantizer); the rules of a "
+                "preset or file are load_recipe(name)"
+            )
     return tuple(recipe)
 
 
@@ -103,37 +111,42 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: if the data are not a recipe of this format, naming what is wrong.
     """
-    if not isinstance(data, Mapping) or data.get("format") != FORMAT or "rules" not in data:
+    if (
+        not isinstance(data, Mapping)
+        or data.get("format") != FORMAT
+        or not isinstance(data.get("rules"), list)
+    ):
         raise ValueError(f'not a recipe: it needs {{"format": {FORMAT}, "rules": [...]}}')
     known = {field.name for field in dataclasses.fields(Rule)}
     recipe = []
-    for entry in data["rules"]:
+    for entry in rules:
+        if not isinstance(entry, Mapping) or not {"pattern", "quantizer"} <= set(entry) <= known:
+            raise ValueError(
+                f"rule {entry}: it needs a pattern and a quantizer, of {sorted(known)}"
+            )
         fields = dict(entry)
-        if not {"pattern", "quantizer"} <= set(fields) <= known:
-            raise ValueError(f"rule {entry} has fields {sorted(fields)}: it takes {sorted(known)}")
-        if fields["quantizer"] is not None:
-            fields["quantizer"] = quantizers.from_json(fields["quantizer"])
-        recipe.append(Rule(**fields))
+        try:
+            if fields["quantizer"] is not None:
+                fields["quantizer"] = quantizers.from_json(fields["quantizer"])
+            recipe.append(Rule(**fields))
+        except ValueError as error:
+            raise ValueError(f"rule {entry}: {error}") from None
     return tuple(recipe)
 
 
-def _transformer(quantizer: Quantizer, share: str | None = None) -> Recipe:
+def _transformer(
+    quantizer: Quantizer, *, scanned: bool = False, share: str | None = None
+) -> Recipe:
     """Every kernel of the blocks; patch embedding and heads int8; the rest dense."""
+    blocks = r"(.*/)?blocks/(?!\d+/).*kernel" if scanned else r"(.*/)?blocks[_/]\d+/.*kernel"
     return (
         Rule(r"(.*/)?(patch_embed|head|head_dist)/kernel", Uniform(bits=8), optional=True),
-        Rule(r"(.*/)?blocks_\d+/.*kernel", quantizer, share=share, optional=True),
-        Rule(
-            r"(.*/)?blocks/.*kernel",
-            quantizer,
-            stacked=0 if share else 1,
-            share=share,
-            optional=True,
-        ),
+        Rule(blocks, quantizer, stacked=int(scanned), share=share),
         Rule(r".*", None),
     )
 
 
-_CODEBOOK_PRESETS: dict[str, Quantizer] = {
+_METHODS: dict[str, Quantizer] = {
     # The paper's 21x: 4 + 8 bits for 8 weights; VQ at the same 1.5 bits: 6 bits for 4 weights.
     "ssvq-21x": SignSplit(codewords=16, dim=8),
     "ssvq-fixed-21x": SignSplit(codewords=16, dim=8, learn_signs=False),
@@ -142,18 +155,21 @@ _CODEBOOK_PRESETS: dict[str, Quantizer] = {
     "ssvq-26x": SignSplit(codewords=4, dim=8),
     "ssvq-fixed-26x": SignSplit(codewords=4, dim=8, learn_signs=False),
     "vq-26x": Vector(codewords=32, dim=4),
+    "uniform-2bit": Uniform(bits=2),
+    "uniform-8bit": Uniform(bits=8),
 }
 
+# Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …;
+# "-scanned" for blocks stacked in `blocks` by a scan; "-shared" with one codebook for all blocks,
+# for models so small that a codebook a kernel costs more than its codes.
 PRESETS: dict[str, Recipe] = {
-    **{name: _transformer(quantizer) for name, quantizer in _CODEBOOK_PRESETS.items()},
-    # One codebook for all blocks: for models so small that a codebook a kernel costs more than
-    # its codes.
+    **{name: _transformer(quantizer) for name, quantizer in _METHODS.items()},
+    **{f"{name}-scanned": _transformer(q, scanned=True) for name, q in _METHODS.items()},
     **{
         f"{name}-shared": _transformer(quantizer, share="blocks_codebook")
-        for name, quantizer in _CODEBOOK_PRESETS.items()
+        for name, quantizer in _METHODS.items()
+        if isinstance(quantizer, CodebookQuantizer)
     },
-    "uniform-2bit": _transformer(Uniform(bits=2)),
-    "uniform-8bit": _transformer(Uniform(bits=8)),
 }
 
 

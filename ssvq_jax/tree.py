@@ -110,6 +110,11 @@ def leaf_specs(tree: PyTree) -> dict[str, LeafSpec]:
                 f"leaf '{path}' has dtype {leaf.dtype}, but only float leaves can be trained or "
                 "compressed: keep it outside the tree, e.g. nnx.split(model, nnx.Param, ...)"
             )
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise ValueError(
+                f"leaf '{path}' has dtype {leaf.dtype}, but JAX computes in 32 bits: convert the "
+                "tree with jax.tree.map(jnp.asarray, params), or enable jax_enable_x64"
+            )
         specs[path] = LeafSpec(path, leaf.shape, leaf.dtype)
     return specs
 

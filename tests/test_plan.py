@@ -201,6 +201,35 @@ def test_importance_reaches_the_clustering(params):
         plan.init(jax.random.key(0), params, {"embed/bias": Calibration()})
 
 
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (jnp.ones((32, 16)), r"leaf 'blocks/0/kernel': the importance has shape \(32, 16\)"),
+        (jnp.full((16, 32), jnp.nan), "leaf 'blocks/0/kernel': .* finite"),
+        (jnp.full((16, 32), -1.0), "leaf 'blocks/0/kernel': .* nowhere negative"),
+        (jnp.zeros((16, 32)), "leaf 'blocks/0/kernel': .* somewhere positive"),
+    ],
+)
+def test_calibration_that_does_not_fit_is_named(params, importance, message):
+    plan = make_plan(params, RULES)
+    with pytest.raises(ValueError, match=message):
+        plan.init(jax.random.key(0), params, {"blocks/0/kernel": Calibration(importance)})
+
+
+def test_forgotten_collection_is_named(params):
+    plan = make_plan(params, RULES)
+    learned, _ = ssvq.split(plan.init(jax.random.key(0), params))
+    for function in (plan.decode, plan.finalize):
+        with pytest.raises(ValueError, match=r"lack the collections \['vq_state'\]"):
+            function(learned)
+
+
+def test_double_precision_is_refused(params):
+    params["stack"] = np.zeros((3, 16, 8))
+    with pytest.raises(ValueError, match="leaf 'stack' has dtype float64, but JAX computes in 32"):
+        make_plan(params, RULES)
+
+
 # What bad input gets
 
 
@@ -274,16 +303,17 @@ def test_deit_tiny_at_21x():
 
 
 def test_scanned_and_unrolled_models_store_the_same_bits():
-    recipe = ssvq.load_recipe("ssvq-21x")
+    recipe, for_scan = ssvq.load_recipe("ssvq-21x"), ssvq.load_recipe("ssvq-21x-scanned")
     unrolled = make_plan(param_shapes(create("deit_tiny")), recipe).bits()
-    scanned = make_plan(param_shapes(create("deit_tiny", scan=True)), recipe).bits()
+    scanned = make_plan(param_shapes(create("deit_tiny", scan=True)), for_scan).bits()
     assert scanned.compressed.bits == unrolled.compressed.bits
     assert len(scanned.rows) < len(unrolled.rows)
 
 
 @pytest.mark.parametrize("name", sorted(ssvq.PRESETS))
 def test_every_preset_binds_to_deit_tiny(name):
-    table = make_plan(param_shapes(create("deit_tiny")), ssvq.load_recipe(name)).bits()
+    model = create("deit_tiny", scan=name.endswith("-scanned"))
+    table = make_plan(param_shapes(model), ssvq.load_recipe(name)).bits()
     assert table.main.weights > 5_000_000
     if "21x" in name:
         assert table.main.compression_ratio == pytest.approx(21, abs=0.4)

@@ -1,9 +1,10 @@
 import json
 
+import jax
 import jaxtyping
 import pytest
 
-from ssvq_jax import PRESETS, Rule, SignSplit, load_recipe
+from ssvq_jax import PRESETS, Rule, SignSplit, load_recipe, make_plan
 from ssvq_jax.recipe import as_recipe, recipe_from_json, recipe_to_json
 
 
@@ -42,15 +43,28 @@ def as_installed():
     ("make", "message"),
     [
         (lambda: Rule("(", None), r"rule '\(' is not a regular expression"),
-        (lambda: Rule("a", None, stacked=-1), "rule 'a': stacked=-1 is negative"),
+        (lambda: Rule("a", None, stacked=-1), "stacked=-1: it must be a whole number, at least 0"),
         (lambda: Rule("a", SignSplit(), stacked=1, share="s"), "share='s' needs .* stacked=0"),
         (lambda: Rule("a", None, share="s"), "share='s' needs a quantizer"),
         (lambda: as_recipe([("a", None, 1)]), "is no rule: give"),
         (lambda: load_recipe("ssvq-99x"), "neither a file nor a preset: choose one of .*ssvq-21x"),
+        (lambda: Rule("a", None, stacked=1), "rule 'a': stacked=1 needs a quantizer"),
+        (lambda: Rule(3, None), "rule 3: the pattern must be a string"),
+        (lambda: as_recipe("ssvq-21x"), r"'s' is no rule: .* load_recipe"),
+        (lambda: recipe_from_json({"format": 1, "rules": 3}), "not a recipe"),
+        (
+            lambda: recipe_from_json(
+                {
+                    "format": 1,
+                    "rules": [{"pattern": "a", "quantizer": {"method": "vector", "dim": 0}}],
+                }
+            ),
+            "rule .*'pattern': 'a'.*: dim=0",
+        ),
         (lambda: recipe_from_json({"rules": []}), "not a recipe: it needs"),
         (
             lambda: recipe_from_json({"format": 1, "rules": [{"pattern": "a"}]}),
-            r"has fields \['pattern'\]: it takes",
+            "it needs a pattern and a quantizer",
         ),
     ],
 )
@@ -64,3 +78,19 @@ def test_bad_recipe_file_is_named(tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match=r"recipe file '.*broken.json'"):
         load_recipe(str(file))
+
+
+def test_presets_tell_lists_of_blocks_from_stacked_blocks():
+    def bits(tree, name):
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), tree, is_leaf=is_shape)
+        return make_plan(shapes, load_recipe(name)).bits().main.bits_per_weight
+
+    def is_shape(node):
+        return isinstance(node, tuple)
+
+    listed = {"blocks": [{"fc": {"kernel": (192, 576)}}, {"fc": {"kernel": (192, 576)}}]}
+    stacked = {"blocks": {"fc": {"kernel": (2, 192, 576)}}}
+    assert bits(listed, "ssvq-21x") == bits(stacked, "ssvq-21x-scanned") < 1.52
+    for tree, name in ((stacked, "ssvq-21x"), (listed, "ssvq-21x-scanned")):
+        with pytest.raises(ValueError, match="match no leaf"):
+            bits(tree, name)

@@ -24,10 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the command line; by default the program's own.
     """
-    command = tyro.cli(Command, prog="ssvq", description=DESCRIPTION, args=arguments)
     try:
-        command.run()
-    except (ValueError, OSError) as error:
+        tyro.cli(Command, prog="ssvq", description=DESCRIPTION, args=arguments).run()
+    except (ValueError, OSError) as error:  # messages that say what to change
         sys.exit(f"ssvq: error: {error}")
     except KeyboardInterrupt:
         sys.exit("ssvq: interrupted; run the same command to start again")

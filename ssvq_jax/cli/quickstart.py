@@ -40,10 +40,10 @@ class QuickstartCommand:
     seed: int = 0
     """Decides initial weights, clustering, and the order and augmentation of the data."""
     methods: tuple[str, ...] = METHODS
-    """Recipes to compare: names of presets. The small model shares one codebook ("-shared")."""
-    float_steps: int = 6000
+    """Recipes to compare: presets or JSON files. Small models share one codebook ("-shared")."""
+    float_steps: int = 16000
     """Updates of the float model."""
-    steps: int = 800
+    steps: int = 2000
     """Updates of every compressed model."""
     batch_size: int = 64
     """Images an update."""
@@ -51,8 +51,11 @@ class QuickstartCommand:
     """Where the prepared digits are kept; by default TensorFlow Datasets' own folder."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.float_steps < 1:
-            raise ValueError("steps and float_steps: give at least 1")
+        for name in ("steps", "float_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: give 0 to 2**31 - 1")
 
     def run(self) -> None:
         """Runs the comparison, shows it, and writes everything."""
@@ -72,21 +75,31 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     Returns:
         The results, and the training records by method.
     """
-    from ssvq_jax.plan import make_plan
+    from ssvq_jax.models import create, param_shapes
+    from ssvq_jax.plan import Plan, make_plan
     from ssvq_jax.recipe import load_recipe
     from ssvq_jax.report import provenance
 
-    recipes = {name: load_recipe(name) for name in command.methods}  # fails before any work
+    plans: dict[str, tuple[str, Plan]] = {}
+    for name in command.methods:  # what cannot work fails before any work
+        label = Path(name).stem.removesuffix("-shared")
+        if label in plans or label == "float":
+            raise ValueError(f"methods: two runs would be called '{label}'; leave one out")
+        plans[label] = name, make_plan(param_shapes(create(MODEL)), load_recipe(name))
+        if not plans[label][1].entries:
+            raise ValueError(f"methods: '{name}' compresses nothing")
     start = time.perf_counter()
     command.out.mkdir(parents=True, exist_ok=True)
     metrics_file = command.out / "metrics.jsonl"
     metrics_file.unlink(missing_ok=True)
+    origin = provenance()
     task = load_task(command, "test")
     trained = train_float(command, task, metrics_file)
-    config = dataclasses.asdict(command)
+    config = dataclasses.asdict(command) | {"out": str(command.out), "model": MODEL}
+    config["data_dir"] = None if command.data_dir is None else str(command.data_dir)
     results: dict[str, Any] = {
-        "config": config | {"out": str(command.out), "data_dir": str(command.data_dir)},
-        **provenance(),
+        "config": config,
+        **origin,
         "float": {
             "accuracy": trained.after.accuracy,
             "standard_error": trained.after.standard_error,
@@ -98,9 +111,7 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
         "methods": {},
     }
     histories = {}
-    for name, recipe in recipes.items():
-        label = name.removesuffix("-shared")
-        plan = make_plan(trained.packed.params, recipe)
+    for label, (name, plan) in plans.items():
         optimizer = tuned_optimizer(plan)
         done = compress(command, task, plan, trained.packed.params, optimizer, label, metrics_file)
         histories[label] = done.records
@@ -149,7 +160,7 @@ def train_float(
     model = create(MODEL)
     config = model.config
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
-    init_key, key = jax.random.split(jax.random.key(command.seed))
+    init_key, key, _ = jax.random.split(jax.random.key(command.seed), 3)
     params = jax.jit(model.init)(init_key, image)["params"]
     return finetune(
         task,
@@ -182,7 +193,7 @@ def compress(
         task,
         plan,
         params,
-        key=jax.random.fold_in(jax.random.key(command.seed), 1),
+        key=jax.random.split(jax.random.key(command.seed), 3)[2],
         seed=command.seed + 1_000_000,  # not the batches of the float run
         steps=command.steps,
         optimizer=optimizer,
@@ -203,14 +214,14 @@ def tuned_optimizer(plan: "Plan") -> "OptimizerConfig":
     main = max(plan.entries, key=lambda entry: entry.spec.size).quantizer
     match main:
         case SignSplit(learn_signs=True):
-            freeze = FreezeConfig(every=50, start=0.2, end=0.05, momentum=0.02)
-            return OptimizerConfig(dense=2e-3, codebook=4.3e-3, sign=7.1e-4, freeze=freeze)
+            freeze = FreezeConfig(every=50, start=0.1, end=0.02, momentum=0.02)
+            return OptimizerConfig(dense=3.5e-3, codebook=6.2e-3, sign=1.2e-3, freeze=freeze)
         case SignSplit():
             return OptimizerConfig(dense=1.4e-2, codebook=1.5e-3, freeze=None)
         case Uniform():
-            return OptimizerConfig(dense=1.9e-2, latent=7.8e-4, freeze=None)
+            return OptimizerConfig(dense=9.1e-3, latent=1.1e-3, freeze=None)
         case _:
-            return OptimizerConfig(dense=1.6e-2, codebook=1.2e-3, freeze=None)
+            return OptimizerConfig(dense=1.8e-2, codebook=9.3e-4, freeze=None)
 
 
 def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:

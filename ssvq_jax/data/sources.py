@@ -41,11 +41,25 @@ def load_split(
         >>> len(digits), digits.image_shape, digits.num_classes  # doctest: +SKIP
         (1500, (28, 28, 1), 10)
     """
-    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
 
     data_dir = embedded.expand_root(data_dir)
+    place = f"{name!r} in {data_dir or 'the default data_dir'}"
     if name.split(":")[0] == embedded.EMBEDDED_NAME:
-        embedded.prepare_embedded(data_dir)
+        place = f"{name!r} in {embedded.prepare_embedded(data_dir)}"
+    try:
+        return _load(name, split, data_dir)
+    except (RuntimeError, OSError, ParseError) as error:  # what array_record and TFDS raise
+        raise ValueError(
+            f"{place} is damaged ({str(error).strip().splitlines()[0]}): delete that folder and "
+            "prepare the set again (the embedded one is prepared by the next run)"
+        ) from error
+
+
+def _load(name: str, split: str, data_dir: str | None) -> ArraySplit | RecordSplit:
+    """Opens a set that is on disk."""
+    import tensorflow_datasets as tfds
+
     builder = _open(name, data_dir)
     shape, num_classes, encoded = _features(name, builder)
     # TFDS decodes with OpenCV or Pillow, whichever is installed, and warns about the latter. JPEG
@@ -88,6 +102,8 @@ def _open(name: str, data_dir: str | None) -> Any:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         places = [os.fspath(place) for place in file_utils.list_data_dirs(data_dir)]
+        if name.split(":")[0] == embedded.EMBEDDED_NAME:  # it has a folder, but nothing in it
+            raise OSError("the folder holds no data set") from error
         raise ValueError(
             f"no data set {name!r} in {' or '.join(places)}: give the data_dir that holds it, or "
             f"prepare it with {_build_command(name, places[0])}. Only "

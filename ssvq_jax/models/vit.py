@@ -34,6 +34,8 @@ class ViTConfig:
     classes: int = 1000
 
     def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise ValueError(f"classes={self.classes}: give at least 1")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size={self.patch_size} does not divide image_size={self.image_size}"

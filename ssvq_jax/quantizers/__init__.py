@@ -34,9 +34,11 @@ def from_json(data: Mapping[str, Any]) -> Quantizer:
         >>> from_json({"method": "vector", "codewords": 256, "dim": 8}).codewords
         256
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"quantizer {data!r} is no mapping: give {{'method': ..., ...}} or null")
     fields = dict(data)
     name = fields.pop("method", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method {name!r} is unknown: choose one of {sorted(METHODS)}")
     method = METHODS[name]
     known = [field.name for field in dataclasses.fields(method)]

@@ -158,7 +158,8 @@ class Quantizer(abc.ABC):
         """
         one = spec.slice_spec()
         pack = _over_slices(lambda enc: self.slice_pack(enc[0], enc[1], one), spec.stacked)
-        return {k: np.asarray(v) for k, v in pack((dict(learned), dict(fixed))).items()}
+        encoded = jax.tree.map(jnp.asarray, (dict(learned), dict(fixed)))
+        return {name: np.asarray(field) for name, field in pack(encoded).items()}
 
     def unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:
         """Inverts `pack`: the result decodes to the same bits."""
@@ -168,6 +169,8 @@ class Quantizer(abc.ABC):
 
     def check(self, spec: LeafSpec) -> None:
         """Raises ValueError, naming the leaf, if the method cannot take a leaf of this shape."""
+        if spec.size == 0:
+            raise ValueError(f"leaf '{spec.path}' of shape {spec.shape} is empty: keep it dense")
         self.slice_check(dataclasses.replace(spec.slice_spec(), path=spec.path))
 
     @property
@@ -231,6 +234,23 @@ def round_scale(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     small the weights. (``reduce_precision``, since XLA may drop a pair of conversions.)
     """
     return straight_through(jax.lax.reduce_precision(scale, 8, 7), scale)
+
+
+def check_channel_axis(axis: int, spec: LeafSpec) -> None:
+    """Raises ValueError, naming the leaf, if it lacks the axis of its output channels."""
+    if not -len(spec.shape) <= axis < len(spec.shape):
+        raise ValueError(
+            f"leaf '{spec.path}' of shape {spec.shape} has no channel_axis {axis}: choose another, "
+            "or keep the leaf dense"
+        )
+
+
+def check_integer(name: str, value: Any, *, least: int, most: int | None = None) -> None:
+    """Raises ValueError, naming the value, unless it is a whole number in the range."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bound = f"{least} to {most}" if most is not None else f"at least {least}"
+        raise ValueError(f"{name}={value!r}: it must be a whole number, {bound}")
 
 
 def code_dtype(width: int) -> np.dtype:

@@ -16,6 +16,8 @@ from ssvq_jax.quantizers.base import (
     Quantizer,
     Storage,
     Stream,
+    check_channel_axis,
+    check_integer,
     code_dtype,
     round_scale,
     straight_through,
@@ -37,8 +39,9 @@ class CodebookQuantizer(Quantizer):
         pad: append zeros where ``dim`` does not divide the axis.
         codebook_dtype: what the file holds and training sees (straight-through); int8 comes with
             one 16-bit scale a codebook.
-        channel_scale: divide every output channel (last axis) by its root mean square before
-            clustering, and keep that as a trained 16-bit scale.
+        channel_scale: divide every output channel by its root mean square before clustering, and
+            keep that as a trained 16-bit scale.
+        channel_axis: axis of the output channels; the last one in Flax, 0 in Equinox.
         iterations: Lloyd iterations at most.
     """
 
@@ -50,15 +53,13 @@ class CodebookQuantizer(Quantizer):
     pad: bool = False
     codebook_dtype: CodebookDtype = "int8"
     channel_scale: bool = False
+    channel_axis: int = -1
     iterations: int = 50
 
     def __post_init__(self) -> None:
-        if self.codewords < 2:
-            raise ValueError(f"codewords={self.codewords}: a codebook needs at least 2 codewords")
-        if self.dim < 1:
-            raise ValueError(f"dim={self.dim}: a sub-vector needs at least 1 weight")
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations}: give at least 1")
+        check_integer("codewords", self.codewords, least=2)
+        check_integer("dim", self.dim, least=1)
+        check_integer("iterations", self.iterations, least=1)
         if self.codebook_dtype not in get_args(CodebookDtype):
             raise ValueError(
                 f"codebook_dtype={self.codebook_dtype!r}: choose one of {get_args(CodebookDtype)}"
@@ -81,6 +82,8 @@ class CodebookQuantizer(Quantizer):
     def slice_check(self, spec: LeafSpec) -> None:
         """Raises ValueError if the leaf cannot be cut, or has fewer sub-vectors than codewords."""
         count = self.layout(spec).count
+        if self.channel_scale:
+            check_channel_axis(self.channel_axis, spec)
         if self.codewords > count:
             raise ValueError(
                 f"leaf '{spec.path}' of shape {spec.shape} has {count} sub-vectors of dim "
@@ -98,9 +101,10 @@ class CodebookQuantizer(Quantizer):
         """
         if not self.channel_scale:
             return values, {}
-        mean_square = jnp.mean(jnp.square(values), axis=tuple(range(values.ndim - 1)))
+        channels = jnp.moveaxis(values, self.channel_axis, -1)
+        mean_square = jnp.mean(jnp.square(channels), axis=tuple(range(values.ndim - 1)))
         scale = round_scale(jnp.where(mean_square > 0, jnp.sqrt(mean_square), 1.0))
-        return values / _per_channel(scale, values.ndim), {"scale": scale}
+        return values / self.per_channel(scale, values.ndim), {"scale": scale}
 
     def cluster(
         self,
@@ -108,8 +112,19 @@ class CodebookQuantizer(Quantizer):
         values: Float[Array, "..."],
         spec: LeafSpec,
         calibration: Calibration | None,
+        scales: Fields,
     ) -> tuple[Float[Array, "k d"], UInt[Array, " n"]]:
         """Clusters the sub-vectors of an array of the weight's shape.
+
+        What is minimised is the error of the weight, importance times scale squared times the error
+        of the values.
+
+        Args:
+            key: typed PRNG key.
+            values: what to cluster, from `unscale`.
+            spec: description of the slice.
+            calibration: importance of the weight's elements.
+            scales: the channel scales from `unscale`.
 
         Returns:
             The codebook (float32) and the codes, which are nearest to the codebook as stored.
@@ -118,7 +133,13 @@ class CodebookQuantizer(Quantizer):
         points = layout.split(values.astype(jnp.float32))
         weights = None
         if calibration is not None and calibration.importance is not None:
-            weights = layout.split(calibration.importance.astype(jnp.float32))
+            weights = calibration.importance.astype(jnp.float32)
+        if self.channel_scale:
+            squared = self.per_channel(jnp.square(scales["scale"]), values.ndim)
+            squared = squared / jnp.max(squared)
+            weights = squared * (jnp.ones_like(values) if weights is None else weights)
+        if weights is not None:
+            weights = layout.split(weights)
         result = kmeans(
             key,
             points,
@@ -149,7 +170,13 @@ class CodebookQuantizer(Quantizer):
         """Multiplies by the channel scales, if there are any."""
         if not self.channel_scale:
             return values
-        return values * _per_channel(round_scale(learned["scale"]), values.ndim)
+        return values * self.per_channel(round_scale(learned["scale"]), values.ndim)
+
+    def per_channel(self, scale: Float[Array, " out"], ndim: int) -> Float[Array, "..."]:
+        """Lines scales up with the channel axis of ``ndim`` axes."""
+        shape = [1] * ndim
+        shape[self.channel_axis] = -1
+        return scale.reshape(shape)
 
     def codebook_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook and scales of one slice."""
@@ -160,13 +187,14 @@ class CodebookQuantizer(Quantizer):
         else:
             streams += [Stream("codebook", size, 8 * jnp.dtype(self.codebook_dtype).itemsize)]
         if self.channel_scale:
-            streams.append(Stream("scale", spec.shape[-1], 16))
+            streams.append(Stream("scale", spec.shape[self.channel_axis], 16))
         return Storage(tuple(streams))
 
     def codebook_pack(self, learned: Fields, fixed: Fields) -> dict[str, Array]:
         """The fields of `codebook_storage`."""
         codebook = learned["codebook"]
-        fields = {"codes": fixed["codes"], "codebook": codebook.astype(self.codebook_dtype)}
+        stored = self.stored_codebook(codebook)
+        fields = {"codes": fixed["codes"], "codebook": stored.astype(self.codebook_dtype)}
         if self.codebook_dtype == "int8":
             levels, scale = _int8(codebook)
             fields["codebook"] = levels.astype(jnp.int8)
@@ -184,11 +212,6 @@ class CodebookQuantizer(Quantizer):
         if self.channel_scale:
             learned["scale"] = fields["scale"].astype(jnp.float32)
         return learned
-
-
-def _per_channel(scale: Float[Array, " out"], ndim: int) -> Float[Array, "..."]:
-    """Lines scales up with the last of ``ndim`` axes."""
-    return scale.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _int8(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:

@@ -47,8 +47,8 @@ class SignSplit(CodebookQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha}: the latents' scale must be positive")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha={self.alpha}: the latents' scale must be positive and finite")
 
     @property
     def settings(self) -> str:
@@ -64,7 +64,7 @@ class SignSplit(CodebookQuantizer):
     ) -> Encoded:
         """Clusters |W| (divided by its channel scales, if asked); L = alpha * W."""
         values, learned = self.unscale(jnp.abs(weight.astype("float32")))
-        codebook, codes = self.cluster(key, values, spec, calibration)
+        codebook, codes = self.cluster(key, values, spec, calibration, learned)
         if self.learn_signs:
             # The latents keep the leaf's dtype: they are the largest thing that is trained.
             latent = (self.alpha * weight.astype("float32")).astype(spec.dtype)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 from ssvq_jax.quantizers.base import (
     Calibration,
@@ -16,6 +16,8 @@ from ssvq_jax.quantizers.base import (
     Quantizer,
     Storage,
     Stream,
+    check_channel_axis,
+    check_integer,
     round_scale,
     straight_through,
 )
@@ -37,7 +39,8 @@ class Uniform(Quantizer):
 
     Attributes:
         bits: b, of a stored weight; 2 to 8.
-        per_channel: one step an output channel (last axis) instead of one a leaf.
+        per_channel: one step an output channel instead of one a leaf.
+        channel_axis: axis of the output channels; the last one in Flax, 0 in Equinox.
 
     Example:
         >>> from ssvq_jax import LeafSpec
@@ -50,10 +53,10 @@ class Uniform(Quantizer):
 
     bits: int = 8
     per_channel: bool = True
+    channel_axis: int = -1
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits}: uniform quantization takes 2 to 8 bits")
+        check_integer("bits", self.bits, least=2, most=8)
 
     @property
     def settings(self) -> str:
@@ -66,11 +69,9 @@ class Uniform(Quantizer):
         return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
 
     def slice_check(self, spec: LeafSpec) -> None:
-        """Raises ValueError for a leaf without weights, or per-channel without an axis."""
-        if spec.size == 0:
-            raise ValueError(f"leaf '{spec.path}' of shape {spec.shape} is empty: keep it dense")
-        if self.per_channel and not spec.shape:
-            raise ValueError(f"leaf '{spec.path}' is a scalar: use per_channel=False")
+        """Raises ValueError for a step a channel of a leaf without that axis."""
+        if self.per_channel:
+            check_channel_axis(self.channel_axis, spec)
 
     def slice_init(
         self,
@@ -80,10 +81,10 @@ class Uniform(Quantizer):
         calibration: Calibration | None,
     ) -> Encoded:
         """Searches the steps by squared error; the latent weights begin at W."""
-        values = weight.astype("float32").reshape(-1, self._steps(spec))
+        values = self._columns(weight, spec)
         importance = jnp.ones_like(values)
         if calibration is not None and calibration.importance is not None:
-            importance = calibration.importance.astype("float32").reshape(values.shape)
+            importance = self._columns(calibration.importance, spec)
         low, high = self.range
         full = jnp.max(jnp.abs(values), axis=0) / high
 
@@ -98,15 +99,14 @@ class Uniform(Quantizer):
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q, with LSQ's gradients."""
-        latent = learned["latent"].astype("float32")
         step = _positive(learned["step"])
         # Scale the gradient of the step, not its value.
         share = 1.0 / math.sqrt(spec.size / self._steps(spec) * self.range[1])
         step = jax.lax.stop_gradient(step) + share * (step - jax.lax.stop_gradient(step))
         step = step[None]
-        values = latent.reshape(-1, self._steps(spec))
+        values = self._columns(learned["latent"], spec)
         clipped = jnp.clip(values / step, *self.range)
-        return (straight_through(jnp.round(clipped), clipped) * step).reshape(spec.shape)
+        return self._weight(straight_through(jnp.round(clipped), clipped) * step, spec)
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Levels and steps."""
@@ -117,25 +117,39 @@ class Uniform(Quantizer):
     def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
         """Levels, shifted to be non-negative, and steps."""
         step = _positive(learned["step"])
-        values = learned["latent"].astype("float32").reshape(-1, self._steps(spec))
+        values = self._columns(learned["latent"], spec)
         low, high = self.range
         levels = jnp.clip(jnp.round(values / step[None]), low, high) - low
         return {
-            "levels": levels.reshape(spec.shape).astype(jnp.uint8),
+            "levels": self._weight(levels, spec).astype(jnp.uint8),
             "step": step.astype(jnp.bfloat16),
         }
 
     def slice_unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:
         """Latent weights on their levels, and steps."""
         step = fields["step"].astype("float32")
-        levels = fields["levels"].astype("float32") + self.range[0]
-        latent = levels.reshape(-1, self._steps(spec)) * step[None]
-        return Encoded({"latent": latent.reshape(spec.shape), "step": step}, {})
+        levels = self._columns(fields["levels"], spec) + self.range[0]
+        return Encoded({"latent": self._weight(levels * step[None], spec), "step": step}, {})
 
     def _steps(self, spec: LeafSpec) -> int:
-        return spec.shape[-1] if self.per_channel else 1
+        return spec.shape[self.channel_axis] if self.per_channel else 1
+
+    def _columns(self, weight: Shaped[Array, "..."], spec: LeafSpec) -> Float[Array, "n steps"]:
+        """Float32 with a column a step."""
+        weight = weight.astype("float32")
+        if self.per_channel:
+            weight = jnp.moveaxis(weight, self.channel_axis, -1)
+        return weight.reshape(-1, self._steps(spec))
+
+    def _weight(self, columns: Float[Array, "n steps"], spec: LeafSpec) -> Float[Array, "..."]:
+        """Inverts ``_columns``."""
+        if not self.per_channel:
+            return columns.reshape(spec.shape)
+        others = list(spec.shape)
+        channels = others.pop(self.channel_axis)
+        return jnp.moveaxis(columns.reshape(*others, channels), -1, self.channel_axis)
 
 
 def _positive(step: Float[Array, " steps"]) -> Float[Array, " steps"]:
-    """Steps as stored. A step that training drives below the floor stops there."""
-    return round_scale(jnp.maximum(step, _SMALLEST_STEP))
+    """Steps as stored, with a floor that gradients pass: a step below it can come back."""
+    return round_scale(straight_through(jnp.maximum(step, _SMALLEST_STEP), step))

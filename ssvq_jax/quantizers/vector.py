@@ -40,7 +40,7 @@ class Vector(CodebookQuantizer):
     ) -> Encoded:
         """Clusters W (divided by its channel scales, if asked)."""
         values, learned = self.unscale(weight.astype("float32"))
-        codebook, codes = self.cluster(key, values, spec, calibration)
+        codebook, codes = self.cluster(key, values, spec, calibration, learned)
         return Encoded({**learned, "codebook": codebook}, {"codes": codes})
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:

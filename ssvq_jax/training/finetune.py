@@ -32,13 +32,11 @@ class Task:
         forward: the model, e.g. from `ssvq_jax.training.step.linen_forward`.
         train_batches: called with a seed; gives endless batches.
         eval_batches: called; gives one pass over the examples to judge by, with masks.
-        label_smoothing: share of the target spread over all classes.
     """
 
     forward: Forward
     train_batches: Callable[[int], Iterator[Batch]]
     eval_batches: Callable[[], Iterable[Batch]]
-    label_smoothing: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +101,7 @@ def finetune(
     clock.lap("evaluate")
     tx = make_optimizer(plan, max(steps, 1), optimizer)
     state = make_state(task.forward, variables, tx, run_key, model_state)
-    step = make_train_step(plan, label_smoothing=task.label_smoothing)
+    step = make_train_step(plan)
     batches = task.train_batches(seed)
     state, records = fit(state, step, batches, steps, name=name, metrics_file=metrics_file)
     clock.lap("train")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from ssvq_jax.quantizers.base import check_integer
 from ssvq_jax.tree import fill, leaf_path, leaves_by_path, punch
 
 FreezeTo = Literal["vote", "average", "current"]
@@ -94,7 +95,7 @@ def freeze_signs(
         >>> state.frozen["w/sign_latent"].tolist()
         [True, False]
     """
-    _check(every, momentum, warmup, freeze_to, vote_window)
+    _check(every, threshold, momentum, warmup, freeze_to, vote_window)
     inner = optax.with_extra_args_support(inner)
     schedule: Callable[[Any], Any] = threshold if callable(threshold) else lambda _: threshold
 
@@ -147,14 +148,15 @@ def freeze_signs(
                 settle = _settle(latent, negative).astype(moves[path].dtype)
                 new_moves[path] = jnp.where(new, settle, moves[path])
                 new_frozen[path] = frozen[path] | new
-            if vote_window is not None:
-                opinion = jax.tree.map(jnp.zeros_like, opinion)
             return new_moves, opinion, new_frozen
 
         due = (step % every == 0) & (step > warmup)
         moves, opinion, frozen = jax.lax.cond(
             due, freeze, lambda args: args, (moves, opinion, frozen)
         )
+        if vote_window is not None:  # a window begins after every interval, in the warm-up too
+            over = step % every == 0
+            opinion = {path: jnp.where(over, 0, votes) for path, votes in opinion.items()}
         updates = fill(punch(updates, moves), moves)
         return updates, FreezeState(step, frequency, opinion, frozen, inner_state)
 
@@ -176,18 +178,24 @@ def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
     """
     if not 0 <= end <= start or start <= 0:
         raise ValueError(f"threshold from start={start} to end={end}: it must fall, and start > 0")
+    check_integer("steps", steps, least=1)
     return optax.cosine_decay_schedule(start, steps, alpha=end / start)
 
 
 def _check(
-    every: int, momentum: float, warmup: int, freeze_to: str, vote_window: int | None
+    every: int,
+    threshold: float | optax.Schedule,
+    momentum: float,
+    warmup: int,
+    freeze_to: str,
+    vote_window: int | None,
 ) -> None:
-    if every < 1:
-        raise ValueError(f"every={every}: freezing steps need at least 1 update between them")
+    check_integer("every", every, least=1)
+    check_integer("warmup", warmup, least=0)
+    if not callable(threshold) and not threshold >= 0:
+        raise ValueError(f"threshold={threshold}: a frequency is at least 0")
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: it must be above 0 and at most 1")
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup}: it counts updates and cannot be negative")
     if freeze_to not in get_args(FreezeTo):
         raise ValueError(f"freeze_to={freeze_to!r}: choose one of {get_args(FreezeTo)}")
     if vote_window is not None and (freeze_to != "vote" or not 1 <= vote_window <= every):

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Hashable
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from ssvq_jax.plan import Plan
@@ -40,7 +42,7 @@ class OptimizerConfig:
         dense: learning rate of uncompressed leaves.
         codebook: learning rate of codebooks.
         sign: learning rate of sign latents; relative to the weights' scale it sets how many flip.
-        scale: learning rate of scales and steps, relative to their root mean square.
+        scale: learning rate of scales and steps, relative to each of them.
         latent: learning rate of the float weights behind uniform quantization.
         weight_decay: of dense leaves and latent weights; codebooks and signs have none.
         warmup_share: share of the run in which rates rise linearly.
@@ -76,11 +78,7 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
         "dense": adamw(_schedule(config.dense, steps, config), weight_decay=config.weight_decay),
         "codebook": adam(_schedule(config.codebook, steps, config)),
         "sign": adam(_schedule(config.sign, steps, config)),
-        # An 8-bit step is a hundred times smaller than a channel scale: updates are relative.
-        "scale": optax.chain(
-            adam(_schedule(config.scale, steps, config)),
-            optax.scale_by_param_block_rms(min_scale=1e-12),
-        ),
+        "scale": optax.chain(adam(_schedule(config.scale, steps, config)), _relative()),
         "latent": adamw(_schedule(config.latent, steps, config), weight_decay=config.weight_decay),
     }
     inner = optax.chain(
@@ -98,6 +96,19 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
         freeze_to=freeze.freeze_to,
         vote_window=freeze.vote_window,
     )
+
+
+def _relative() -> optax.GradientTransformation:
+    """Makes updates relative to each parameter.
+
+    An 8-bit step is a hundred times smaller than a channel scale, and channels differ as much: an
+    absolute rate that suits one drives another below zero.
+    """
+
+    def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda update, param: update * jnp.abs(param), updates, params)
+
+    return optax.stateless(scale)
 
 
 def _schedule(peak: float, steps: int, config: OptimizerConfig) -> optax.Schedule:

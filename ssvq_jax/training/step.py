@@ -114,12 +114,11 @@ def make_state(
 TrainStep = Callable[[CompressionState, Batch], tuple[CompressionState, dict[str, Array]]]
 
 
-def make_train_step(plan: Plan, *, label_smoothing: float = 0.0) -> TrainStep:
+def make_train_step(plan: Plan) -> TrainStep:
     """Compiles decode, forward, backward and update into one step.
 
     Args:
         plan: the plan of the state's variables.
-        label_smoothing: share of the target spread over all classes.
 
     Returns:
         A function of a state, whose buffers it takes over (they are donated), and a batch
@@ -134,10 +133,8 @@ def make_train_step(plan: Plan, *, label_smoothing: float = 0.0) -> TrainStep:
         def loss_fn(learned: Variables) -> tuple[Array, tuple[Array, PyTree]]:
             params = plan.decode({**learned, **state.fixed})
             logits, model_state = state.apply_fn(params, state.model_state, batch["image"], key)
-            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-            targets = optax.smooth_labels(targets, label_smoothing)
-            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-            return loss, (logits, model_state)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            return jnp.mean(losses), (logits, model_state)
 
         (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params

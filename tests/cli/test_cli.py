@@ -22,6 +22,13 @@ def test_plan_prints_the_table_and_writes_the_plan(tmp_path, capsys):
     [
         (["plan", "--model", "deit_huge"], "model 'deit_huge' is unknown: choose one of"),
         (["plan", "--model", "deit_tiny", "--recipe", "x"], "neither a file nor a preset"),
+        (["plan", "--model", "deit_tiny", "--classes", "-1"], "classes=-1: give at least 1"),
+        (
+            ["quickstart", "--methods", "vq-21x", "vq-21x-shared"],
+            "two runs would be called 'vq-21x'",
+        ),
+        (["quickstart", "--methods", "ssvq-21x-scanned"], "match no leaf"),
+        (["quickstart", "--steps", "0"], "steps=0: give at least 1"),
         (
             ["quickstart", "--methods", "vq-21x", "nonsense"],
             "recipe 'nonsense' is neither a file nor a preset: choose one of",

@@ -161,3 +161,18 @@ def test_other_features_are_refused(
     write_set(tmp_path, features, [example])
     with pytest.raises(ValueError, match=message):
         data.load_split("made_up", "train", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["shard", "info", "empty"])
+def test_damaged_set_names_the_folder_to_delete(damage: str, tmp_path: pathlib.Path):
+    folder = pathlib.Path(data.prepare_embedded(tmp_path))
+    if damage == "shard":
+        (shard,) = folder.glob("*test.array_record*")
+        shard.write_bytes(shard.read_bytes()[:1000])
+    elif damage == "info":
+        (folder / "dataset_info.json").write_text("{")
+    else:
+        for file in folder.iterdir():
+            file.unlink()
+    with pytest.raises(ValueError, match=f"{folder} is damaged .* delete that folder"):
+        data.load_split("mnist_digits_5k", "test", tmp_path)

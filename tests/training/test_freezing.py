@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -137,6 +138,13 @@ def test_window_forgets_votes_of_the_last_interval():
     assert float(history[3][0][0]) == -1.0
 
 
+def test_votes_of_the_warmup_are_outside_the_window():
+    tx = freeze_signs(optax.sgd(1.0), every=2, threshold=0.1, momentum=0.5, warmup=4, vote_window=1)
+    history = drive(tx, [1.0], [[-1.0], [-1.0], [1.0], [-1.0], [1.0], [1.0]])
+    assert [f[0] for f in frozen(history)] == [False] * 5 + [True]
+    assert float(history[5][0][0]) == 1.0  # the one vote in the window
+
+
 def test_the_papers_ablations_average_and_current_sign():
     targets = [[-1.0]] * 3 + [[1.0]]  # flips at 1 and 4
     current = freeze_signs(
@@ -257,7 +265,7 @@ def test_state_bytes_a_latent_weight(freeze_to, most):
     def size(tx):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)))
 
-    assert (size(wrapped) - size(inner)) // 1000 == most
+    assert size(wrapped) - size(inner) == 1000 * most + 4  # and the step counter
 
 
 def test_gradient_accumulation_goes_outside():
@@ -294,6 +302,9 @@ def test_frozen_is_for_good_and_keeps_the_sign(targets, freeze_to):
     ("settings", "message"),
     [
         ({"every": 0}, "every=0"),
+        ({"every": 1.5}, "every=1.5: it must be a whole number"),
+        ({"threshold": float("nan")}, "threshold=nan"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
         ({"momentum": 0.0}, "momentum=0.0: it must be above 0"),
         ({"warmup": -1}, "warmup=-1"),
         ({"vote_window": 11}, "vote_window=11: .* every=10"),
@@ -301,8 +312,10 @@ def test_frozen_is_for_good_and_keeps_the_sign(targets, freeze_to):
     ],
 )
 def test_bad_settings_are_named(settings, message):
+    jaxtyping.config.update("jaxtyping_disable", True)  # it would refuse some first
     with pytest.raises(ValueError, match=message):
         freeze_signs(optax.sgd(1.0), **({"every": 10, "threshold": 0.1} | settings))
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_params_are_needed():
