@@ -166,9 +166,10 @@ class Plan:
         if set(data) != {"recipe", "leaves"}:
             raise ValueError(f"not a plan: it needs 'recipe' and 'leaves', not {sorted(data)}")
         try:
-            specs = {leaf["path"]: LeafSpec(**leaf) for leaf in data["leaves"]}
+            leaves = [(x["path"], tuple(x["shape"]), x["dtype"]) for x in data["leaves"]]
+            specs = {path: LeafSpec(path, shape, dtype) for path, shape, dtype in leaves}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a plan: a leaf lacks {error} or has a bad one") from None
+            raise ValueError(f"not a plan: a leaf needs path, shape and dtype ({error})") from None
         return _bind(recipe_from_json(data["recipe"]), specs)
 
     def _matching_leaves(self, params: PyTree) -> dict[str, Any]:

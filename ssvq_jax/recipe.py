@@ -111,11 +111,8 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: if the data are not a recipe of this format, naming what is wrong.
     """
-    if (
-        not isinstance(data, Mapping)
-        or data.get("format") != FORMAT
-        or not isinstance(data.get("rules"), list)
-    ):
+    rules = data.get("rules") if isinstance(data, Mapping) else None
+    if not isinstance(rules, list) or data.get("format") != FORMAT:
         raise ValueError(f'not a recipe: it needs {{"format": {FORMAT}, "rules": [...]}}')
     known = {field.name for field in dataclasses.fields(Rule)}
     recipe = []
@@ -142,7 +139,7 @@ def _transformer(
     return (
         Rule(r"(.*/)?(patch_embed|head|head_dist)/kernel", Uniform(bits=8), optional=True),
         Rule(blocks, quantizer, stacked=int(scanned), share=share),
-        Rule(r".*", None),
+        Rule(r".*", None, optional=True),
     )
 
 

@@ -16,9 +16,9 @@ def assign(
     points: Float[Array, "n d"],
     centroids: Float[Array, "k d"],
     *,
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None = None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None = None,
     mask: Bool[Array, "n d"] | None = None,
-) -> Int32[Array, "n"]:
+) -> Int32[Array, " n"]:
     """Finds the nearest centroid of every sub-vector; of equally near ones, the lowest index.
 
     The distance is sum_j w_ij (x_ij - c_j)^2, with w the element weights times the mask (all ones
@@ -53,9 +53,9 @@ def assign(
 def _assign(
     points: Float[Array, "n d"],
     centroids: Float[Array, "k d"],
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
-) -> Int32[Array, "n"]:
+) -> Int32[Array, " n"]:
     centroids = centroids.astype(jnp.float32)
     elements = element_weights(weights, mask)
     shape = tile_shape(points.shape[0], centroids.shape[0])
@@ -71,7 +71,7 @@ def nearest(
     points: Float[Array, "t d"],
     centroids: Float[Array, "k d"],
     elements: Float[Array, "t d"] | None,
-) -> Int32[Array, "t"]:
+) -> Int32[Array, " t"]:
     """Calculates the codes of one tile, with all its scores `[k, t]` in memory.
 
     A score is half the squared distance less the term that all centroids share, in one product
@@ -114,7 +114,7 @@ def tile_shape(count: int, codewords: int) -> tuple[int, int]:
 
 
 def into_tiles(
-    values: Float[Array, "n *rest"], shape: tuple[int, int]
+    values: Float[Array, " n *rest"], shape: tuple[int, int]
 ) -> Float[Array, "m t *rest"]:
     """Pads the leading axis with zeros to `shape[0] * shape[1]` and splits it so."""
     padding = shape[0] * shape[1] - values.shape[0]
@@ -123,7 +123,7 @@ def into_tiles(
 
 
 def element_weights(
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
 ) -> Float[Array, "n d"] | None:
     """Joins weights per element and mask to one float32 `[n, d]`; None where all are one."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 def check_points(
     points: Float[Array, "n d"],
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
 ) -> None:
     """Checks sub-vectors and the weights and mask that go with them.
@@ -49,7 +49,7 @@ def check_points(
 
 
 def check_mass(
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
 ) -> None:
     """Checks that some element has a weight; `check_points` has passed before.

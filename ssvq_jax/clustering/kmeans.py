@@ -38,10 +38,10 @@ class KMeansResult:
     """
 
     centroids: Float32[Array, "k d"]
-    codes: Int32[Array, "n"]
-    objective: Float32[Array, "t"]
-    empty: Int32[Array, "t"]
-    imbalance: Float32[Array, "t"]
+    codes: Int32[Array, " n"]
+    objective: Float32[Array, " t"]
+    empty: Int32[Array, " t"]
+    imbalance: Float32[Array, " t"]
 
 
 def kmeans(
@@ -51,7 +51,7 @@ def kmeans(
     *,
     iterations: int,
     init: str | Float[Array, "k d"] = "k-means++",
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None = None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None = None,
     mask: Bool[Array, "n d"] | None = None,
 ) -> KMeansResult:
     """Clusters sub-vectors into k codewords by Lloyd's iterations.
@@ -146,7 +146,7 @@ def _lloyd(
     key: Key[Array, ""],
     points: Float[Array, "n d"],
     start: Float[Array, "k d"] | None,
-    weights: Float[Array, "n"] | Float[Array, "n d"] | None,
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
     *,
     codewords: int,
@@ -229,7 +229,7 @@ def _sweep(tiles: _Tiles, centroids: Float32[Array, "k d"]) -> _Sweep:
 
 
 def _reseed(
-    centroids: Float32[Array, "k d"], empty: Bool[Array, "k"], sweep: _Sweep, tiles: _Tiles
+    centroids: Float32[Array, "k d"], empty: Bool[Array, " k"], sweep: _Sweep, tiles: _Tiles
 ) -> Float32[Array, "k d"]:
     """Moves the i-th empty codeword onto the sub-vector with the i-th largest error."""
     worst, rows = lax.top_k(sweep.errors.reshape(-1), centroids.shape[0])

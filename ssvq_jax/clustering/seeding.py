@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, Key
 def plus_plus(
     key: Key[Array, ""],
     points: Float[Array, "n d"],
-    weights: Float[Array, "n"],
+    weights: Float[Array, " n"],
     elements: Float[Array, "n d"] | None,
     *,
     codewords: int,
@@ -40,8 +40,8 @@ def plus_plus(
     fallback = _means(points, weights, elements)
 
     def draw(
-        nearest: Float[Array, "n"], uniforms: Float[Array, "2"]
-    ) -> tuple[Float[Array, "n"], Float[Array, "d"]]:
+        nearest: Float[Array, " n"], uniforms: Float[Array, "2"]
+    ) -> tuple[Float[Array, " n"], Float[Array, " d"]]:
         worst = nearest.max()  # infinite before the first draw
         mass = jnp.where((worst > 0) & (worst < jnp.inf), nearest, first_mass)
         centroid = _take(sample(uniforms, mass)[None], points, elements, fallback)
@@ -56,7 +56,7 @@ def plus_plus(
 def random_distinct(
     key: Key[Array, ""],
     points: Float[Array, "n d"],
-    weights: Float[Array, "n"],
+    weights: Float[Array, " n"],
     elements: Float[Array, "n d"] | None,
     *,
     codewords: int,
@@ -72,7 +72,7 @@ def random_distinct(
     return _take(rows, points, elements, _means(points, weights, elements))
 
 
-def sample(uniforms: Float[Array, "2"], mass: Float[Array, "n"]) -> Int32[Array, ""]:
+def sample(uniforms: Float[Array, "2"], mass: Float[Array, " n"]) -> Int32[Array, ""]:
     """Draws an index with probability proportional to `mass`; never one of mass zero.
 
     In two levels, a row of a square and then a place in it: a float32 sum over millions of entries
@@ -94,7 +94,7 @@ def sample(uniforms: Float[Array, "2"], mass: Float[Array, "n"]) -> Int32[Array,
     return row * columns + _sample_flat(uniforms[1], square[row])
 
 
-def _sample_flat(uniform: Float[Array, ""], mass: Float[Array, "m"]) -> Int32[Array, ""]:
+def _sample_flat(uniform: Float[Array, ""], mass: Float[Array, " m"]) -> Int32[Array, ""]:
     cumulative = jnp.cumsum(mass)
     target = uniform * cumulative[-1]
     index = lax.iota(jnp.int32, mass.shape[0])
@@ -107,9 +107,9 @@ def _sample_flat(uniform: Float[Array, ""], mass: Float[Array, "m"]) -> Int32[Ar
 
 def _means(
     points: Float[Array, "n d"],
-    weights: Float[Array, "n"],
+    weights: Float[Array, " n"],
     elements: Float[Array, "n d"] | None,
-) -> Float[Array, "d"] | None:
+) -> Float[Array, " d"] | None:
     """Mean of each coordinate where it has weight: what stands in where a drawn row has none."""
     if elements is None:
         return None
@@ -119,10 +119,10 @@ def _means(
 
 
 def _take(
-    rows: Int32[Array, "k"],
+    rows: Int32[Array, " k"],
     points: Float[Array, "n d"],
     elements: Float[Array, "n d"] | None,
-    fallback: Float[Array, "d"] | None,
+    fallback: Float[Array, " d"] | None,
 ) -> Float[Array, "k d"]:
     if elements is None or fallback is None:
         return points[rows]

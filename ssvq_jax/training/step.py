@@ -6,12 +6,13 @@ A float model is trained by the plan that compresses nothing: there is one code 
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, Key
 
@@ -22,6 +23,7 @@ from ssvq_jax.tree import PyTree, Variables, split
 Batch = Mapping[str, Any]
 
 
+@runtime_checkable
 class Forward(Protocol):
     """A model as a function.
 
@@ -71,6 +73,7 @@ class CompressionState(TrainState):
         key: typed PRNG key of the run.
     """
 
+    params: PyTree = struct.field(pytree_node=True)  # flax says FrozenDict; any tree will do
     fixed: PyTree
     model_state: PyTree
     key: Key[Array, ""]

@@ -171,8 +171,8 @@ def test_the_scale_of_the_weights_does_not_matter(quantizer, scale):
 
 @every_quantizer
 def test_importance_moves_error_away_from_what_matters(quantizer):
-    if quantizer == CASES["uniform 8 bit a tensor"]:
-        pytest.skip("one step for all: nothing to move")
+    if isinstance(quantizer, Uniform) and quantizer.channel_axis == 0:
+        pytest.skip("the importance is the same within a channel: nothing to move")
     spec = SPECS["dense"]
     weight = weight_of(spec)
     importance = jnp.where(jnp.arange(16) < 4, 100.0, 0.01)[:, None] * jnp.ones((1, 24))
