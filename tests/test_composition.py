@@ -111,9 +111,7 @@ def test_nnx():
     params = nnx.to_pure_dict(state)
 
     def apply(params):
-        merged = nnx.merge(graph, nnx.from_flat_state(nnx.to_flat_state(state)), rest)
-        nnx.update(merged, params)
-        return merged(inputs())
+        return nnx.merge(graph, nnx.State(params), rest)(inputs())
 
     assert {e.name for e in ssvq.make_plan(params, RULES).entries} == {
         "layers/0/kernel",  # integer keys

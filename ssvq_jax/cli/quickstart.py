@@ -50,7 +50,8 @@ class QuickstartCommand:
     data_dir: Path | None = None
     """Where the prepared digits are kept; by default TensorFlow Datasets' own folder."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for numbers out of range."""
         for name in ("steps", "float_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
@@ -80,6 +81,7 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     from ssvq_jax.recipe import load_recipe
     from ssvq_jax.report import provenance
 
+    command.check()
     plans: dict[str, tuple[str, Plan]] = {}
     for name in command.methods:  # what cannot work fails before any work
         label = Path(name).stem.removesuffix("-shared")

@@ -44,15 +44,16 @@ def load_split(
     from google.protobuf.json_format import ParseError
 
     data_dir = embedded.expand_root(data_dir)
-    place = f"{name!r} in {data_dir or 'the default data_dir'}"
-    if name.split(":")[0] == embedded.EMBEDDED_NAME:
-        place = f"{name!r} in {embedded.prepare_embedded(data_dir)}"
     try:
+        if name.split(":")[0] == embedded.EMBEDDED_NAME:
+            embedded.prepare_embedded(data_dir)
         return _load(name, split, data_dir)
     except (RuntimeError, OSError, ParseError) as error:  # what array_record and TFDS raise
+        folder = os.path.join(_places(data_dir)[0], name.split(":")[0])  # noqa: PTH118, may be gs://
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{place} is damaged ({str(error).strip().splitlines()[0]}): delete that folder and "
-            "prepare the set again (the embedded one is prepared by the next run)"
+            f"{folder} cannot be read, or is damaged ({reason}): delete that folder and prepare "
+            "the set again (the embedded one is prepared by the next run)"
         ) from error
 
 
@@ -96,19 +97,25 @@ def _open(name: str, data_dir: str | None) -> Any:
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
-    from tensorflow_datasets.core.utils import file_utils
 
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        places = [os.fspath(place) for place in file_utils.list_data_dirs(data_dir)]
-        if name.split(":")[0] == embedded.EMBEDDED_NAME:  # it has a folder, but nothing in it
+        places = _places(data_dir)
+        if name == embedded.EMBEDDED_NAME:  # it has a folder, but nothing in it
             raise OSError("the folder holds no data set") from error
         raise ValueError(
             f"no data set {name!r} in {' or '.join(places)}: give the data_dir that holds it, or "
             f"prepare it with {_build_command(name, places[0])}. Only "
             f"{embedded.EMBEDDED_NAME!r} comes with the installation"
         ) from error
+
+
+def _places(data_dir: str | None) -> list[str]:
+    """Folders in which TFDS looks for sets."""
+    from tensorflow_datasets.core.utils import file_utils
+
+    return [os.fspath(place) for place in file_utils.list_data_dirs(data_dir)]
 
 
 def _build_command(name: str, data_dir: str) -> str:

@@ -192,7 +192,7 @@ def make_evaluate(forward: Forward) -> Callable[[PyTree, PyTree, Iterable[Batch]
         right = jnp.argmax(logits, -1) == batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         mask = jnp.asarray(batch["mask"], jnp.float32)
-        return jnp.stack([jnp.sum(mask * right), jnp.sum(mask * loss), jnp.sum(mask)])
+        return jnp.stack([jnp.sum(mask, where=right), jnp.sum(mask * loss), jnp.sum(mask)])
 
     def evaluate(params: PyTree, model_state: PyTree, batches: Iterable[Batch]) -> Evaluation:
         totals = sum((jnp.asarray(sums(params, model_state, b)) for b in batches), jnp.zeros(3))

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from ssvq_jax import Plan
@@ -56,10 +57,10 @@ def test_help(command, capsys):
 
 def test_quickstart_writes_everything(tmp_path, capsys, data_dir):
     out = tmp_path / "run"
-    main(
-        ["quickstart", "--out", str(out), "--data-dir", str(data_dir), "--float-steps", "20",
-         "--steps", "10", "--methods", "vq-26x-shared", "ssvq-26x-shared", "uniform-2bit"]
-    )  # fmt: skip
+    arguments = ["--out", str(out), "--data-dir", str(data_dir), "--float-steps", "20"]
+    arguments += ["--steps", "10", "--methods", "vq-26x-shared", "ssvq-26x-shared", "uniform-2bit"]
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam multiplies integers with floats
+        main(["quickstart", *arguments])
     printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert list(results["methods"]) == ["vq-26x", "ssvq-26x", "uniform-2bit"]
