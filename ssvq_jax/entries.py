@@ -6,10 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ssvq_jax.blocks import BlockLayout
-from ssvq_jax.quantizers import Quantizer, Storage
+from ssvq_jax.quantizers import Calibration, Quantizer, Storage
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.recipe import Recipe, Rule
 from ssvq_jax.tree import LeafSpec
@@ -121,6 +122,38 @@ def share_entry(name: str, members: list[tuple[Rule, LeafSpec]]) -> SharedEntry:
     leaves = tuple(spec for _, spec in members)
     joined = dataclasses.replace(quantizer, axis=-1)
     return SharedEntry(name, joined, leaves, quantizer.axis)
+
+
+def gather_calibration(entry: Entry, calibration: Mapping[str, Calibration]) -> Calibration | None:
+    """Takes an entry's calibration out of those by leaf path, in the shape of its spec."""
+    importances = {}
+    for leaf in entry.leaves:
+        found = calibration.get(leaf.path)
+        if found is not None and found.importance is not None:
+            importances[leaf.path] = found.importance
+    if not importances:
+        return None
+    ones = {leaf.path: jnp.ones(leaf.shape) for leaf in entry.leaves}
+    return Calibration(importance=entry.gather(ones | importances))
+
+
+def check_importance(path: str, shape: tuple[int, ...], calibration: Calibration) -> None:
+    """Raises ValueError, naming the leaf, if an importance does not fit it."""
+    importance = calibration.importance
+    if importance is None:
+        return
+    if importance.shape != shape:
+        raise ValueError(
+            f"calibration of leaf '{path}': the importance has shape {importance.shape}, the leaf "
+            f"{shape}: give one number an element"
+        )
+    if isinstance(importance, Tracer):
+        return
+    if not bool(jnp.all(jnp.isfinite(importance) & (importance >= 0)) & jnp.any(importance > 0)):
+        raise ValueError(
+            f"calibration of leaf '{path}': the importance must be finite, nowhere negative and "
+            "somewhere positive"
+        )
 
 
 def match_rules(

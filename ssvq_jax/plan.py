@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from ssvq_jax import tree
 from ssvq_jax.bits import BitsTable, bits_table
-from ssvq_jax.entries import Entry, match_rules
+from ssvq_jax.entries import Entry, check_importance, gather_calibration, match_rules
 from ssvq_jax.quantizers import Calibration, Encoded, Quantizer
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
@@ -69,12 +69,12 @@ class Plan:
         if unknown:
             raise ValueError(f"calibration for {unknown}, which this plan does not compress")
         for path, found in calibration.items():
-            _check_importance(path, arrays[path].shape, found)
+            check_importance(path, arrays[path].shape, found)
         learned, fixed = {}, {}
         for entry in self.entries:
             for leaf in entry.leaves:
                 _check_finite(leaf.path, arrays[leaf.path])
-            found = _gather_calibration(entry, calibration)
+            found = gather_calibration(entry, calibration)
             entry_key = jax.random.fold_in(key, zlib.crc32(entry.name.encode()))
             encoded = _encode(
                 entry.quantizer, _nameless(entry.spec), entry_key, entry.gather(arrays), found
@@ -258,36 +258,6 @@ def _encode(
 def _nameless(spec: LeafSpec) -> LeafSpec:
     """Drops the path, so that leaves of equal shape share one compiled encoder."""
     return dataclasses.replace(spec, path="")
-
-
-def _gather_calibration(entry: Entry, calibration: Mapping[str, Calibration]) -> Calibration | None:
-    importances = {}
-    for leaf in entry.leaves:
-        found = calibration.get(leaf.path)
-        if found is not None and found.importance is not None:
-            importances[leaf.path] = found.importance
-    if not importances:
-        return None
-    ones = {leaf.path: jnp.ones(leaf.shape) for leaf in entry.leaves}
-    return Calibration(importance=entry.gather(ones | importances))
-
-
-def _check_importance(path: str, shape: tuple[int, ...], calibration: Calibration) -> None:
-    importance = calibration.importance
-    if importance is None:
-        return
-    if importance.shape != shape:
-        raise ValueError(
-            f"calibration of leaf '{path}': the importance has shape {importance.shape}, the leaf "
-            f"{shape}: give one number an element"
-        )
-    if isinstance(importance, Tracer):
-        return
-    if not bool(jnp.all(jnp.isfinite(importance) & (importance >= 0)) & jnp.any(importance > 0)):
-        raise ValueError(
-            f"calibration of leaf '{path}': the importance must be finite, nowhere negative and "
-            "somewhere positive"
-        )
 
 
 def _check_finite(path: str, weight: Any) -> None:

@@ -1,7 +1,6 @@
 import json
 
 import jax
-import jaxtyping
 import pytest
 
 from ssvq_jax import PRESETS, Rule, SignSplit, load_recipe, make_plan
@@ -28,14 +27,6 @@ def test_patterns_match_whole_paths():
     assert Rule("a/kernel", None).matches("a/kernel")
     assert not Rule("kernel", None).matches("a/kernel")
     assert not Rule("a/kern", None).matches("a/kernel")
-
-
-@pytest.fixture
-def as_installed():
-    """Without the run-time annotation checks, which would refuse some input first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_installed")

@@ -19,7 +19,7 @@ def to_json(quantizer: Quantizer) -> dict[str, Any]:
 
     Example:
         >>> to_json(Uniform(bits=8))
-        {'method': 'uniform', 'bits': 8, 'per_channel': True}
+        {'method': 'uniform', 'bits': 8, 'per_channel': True, 'channel_axis': -1}
     """
     return {"method": quantizer.method, **dataclasses.asdict(quantizer)}
 

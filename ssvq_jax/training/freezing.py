@@ -138,8 +138,8 @@ def freeze_signs(
                 last = state.opinion[path]
                 opinion[path] = momentum * _sign(moved[path]) + (1 - momentum) * last
 
-        def freeze(args: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-            moves, opinion, frozen = args
+        def freeze(args: tuple[Any, Any]) -> tuple[Any, Any]:
+            moves, frozen = args
             limit = schedule(step)
             new_moves, new_frozen = {}, {}
             for path, latent in latents.items():
@@ -148,12 +148,10 @@ def freeze_signs(
                 settle = _settle(latent, negative).astype(moves[path].dtype)
                 new_moves[path] = jnp.where(new, settle, moves[path])
                 new_frozen[path] = frozen[path] | new
-            return new_moves, opinion, new_frozen
+            return new_moves, new_frozen
 
         due = (step % every == 0) & (step > warmup)
-        moves, opinion, frozen = jax.lax.cond(
-            due, freeze, lambda args: args, (moves, opinion, frozen)
-        )
+        moves, frozen = jax.lax.cond(due, freeze, lambda args: args, (moves, frozen))
         if vote_window is not None:  # a window begins after every interval, in the warm-up too
             over = step % every == 0
             opinion = {path: jnp.where(over, 0, votes) for path, votes in opinion.items()}

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from ssvq_jax.clustering import assign, kmeans
@@ -14,13 +13,7 @@ CLASH = "weights: zero wherever mask is True: weight an unmasked element"
 NAN = POINTS.at[2, 1].set(jnp.nan)
 
 
-@pytest.fixture(autouse=True)
-def _as_installed():
-    """Without the run-time annotation checks, which would refuse some of this first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
+pytestmark = pytest.mark.usefixtures("as_installed")
 
 SHARED = [
     ({"points": POINTS[:, 0]}, r"points: shape \(6,\): pass \[n, d\]"),

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -187,14 +186,6 @@ def test_importance_moves_error_away_from_what_matters(quantizer):
 def test_json_round_trip(quantizer):
     assert from_json(to_json(quantizer)) == quantizer
     assert hash(from_json(to_json(quantizer))) == hash(quantizer)
-
-
-@pytest.fixture
-def as_installed():
-    """Without the run-time annotation checks, which would refuse some input first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_installed")

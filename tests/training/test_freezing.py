@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -298,6 +297,7 @@ def test_frozen_is_for_good_and_keeps_the_sign(targets, freeze_to):
         assert np.array_equal(np.asarray(latents)[mask], np.asarray(later)[mask])
 
 
+@pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -312,10 +312,8 @@ def test_frozen_is_for_good_and_keeps_the_sign(targets, freeze_to):
     ],
 )
 def test_bad_settings_are_named(settings, message):
-    jaxtyping.config.update("jaxtyping_disable", True)  # it would refuse some first
     with pytest.raises(ValueError, match=message):
         freeze_signs(optax.sgd(1.0), **({"every": 10, "threshold": 0.1} | settings))
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_params_are_needed():
