@@ -78,10 +78,14 @@ class BitsTable:
         return _sum("model", self.rows)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all streams, headers aside."""
+        return sum(row.stored_bytes for row in self.rows)
+
+    @property
     def file_ratio(self) -> float:
         """Float32 bytes of the whole model over stored bytes, headers aside."""
-        stored = sum(row.stored_bytes for row in self.rows)
-        return 4 * self.model.weights / stored if stored else 1.0
+        return 4 * self.model.weights / self.stored_bytes if self.stored_bytes else 1.0
 
     @property
     def main(self) -> BitsRow:
@@ -109,7 +113,7 @@ class BitsTable:
         return (
             f"compressed leaves {self.compressed.compression_ratio:.2f}x, whole model "
             f"{self.file_ratio:.2f}x ({4 * self.model.weights:,} -> "
-            f"{sum(row.stored_bytes for row in self.rows):,} bytes)"
+            f"{self.stored_bytes:,} bytes)"
         )
 
 

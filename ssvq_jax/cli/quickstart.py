@@ -232,7 +232,7 @@ def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:
         "bits_per_weight": bits.main.bits_per_weight,
         "compression_ratio": bits.main.compression_ratio,
         "file_ratio": bits.file_ratio,
-        "stored_bytes": sum(row.stored_bytes for row in bits.rows),
+        "stored_bytes": bits.stored_bytes,
         "accuracy_before": done.before.accuracy,
         "accuracy_after": done.after.accuracy,
         "standard_error": done.after.standard_error,
