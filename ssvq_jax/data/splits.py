@@ -53,6 +53,7 @@ class ArraySplit:
         images: uint8 `[n, h, w, c]`.
         labels: int32 `[n]`, 0 to `num_classes - 1`.
         num_classes: Number of classes.
+        class_names: Their names, where known.
 
     Raises:
         ValueError: Shapes, dtypes or label values are not as above.
@@ -67,6 +68,7 @@ class ArraySplit:
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -113,11 +115,13 @@ class RecordSplit:
             "label": int}`.
         num_classes: Number of classes.
         image_shape: `(h, w, c)`; h and w are None where images differ in size.
+        class_names: Names of the classes, where known.
     """
 
     records: Sequence[Any]
     num_classes: int
     image_shape: tuple[int | None, int | None, int]
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)

@@ -118,6 +118,60 @@ def test_resumes_where_it_stopped(digits: data.ArraySplit, threads: int):
     assert_same(take(batches, 5), expected)
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"next_index": 3}, r"has the keys \['next_index'\], not \['batch_size', 'batches'"),
+        ({"batch_size": 5}, "made with batch_size=5, these are made with batch_size=4: resume"),
+        ({"seed": 1}, "made with seed=1, these are made with seed=0"),
+        ({"examples": 9}, "made with examples=9, these are made with examples=10"),
+        ({"batches": -1}, "batches=-1: there are 0 to"),
+    ],
+)
+def test_state_of_other_batches(numbered: data.ArraySplit, state: dict, message: str):
+    batches = data.train_batches(numbered, 4, seed=0)
+    whole = {} if "next_index" in state else batches.get_state()
+    with pytest.raises(ValueError, match=message):
+        batches.set_state(whole | state)
+
+
+def test_state_past_the_end(numbered: data.ArraySplit):
+    batches = data.eval_batches(numbered, 4)
+    batches.set_state(batches.get_state() | {"batches": 3})
+    assert list(batches) == []
+    with pytest.raises(ValueError, match="batches=4: there are 0 to 3"):
+        batches.set_state(batches.get_state() | {"batches": 4})
+
+
+def test_crop_comes_before_batching(numbered: data.ArraySplit):
+    plain = data.Normalization((0.0,), (1.0,))
+    crop = data.CenterCrop(3, share=1.0)
+    for make in (data.train_batches, data.eval_batches):
+        seed = {"seed": 0} if make is data.train_batches else {}
+        batch = next(make(numbered, 4, crop=crop, normalization=plain, **seed))
+        expected = np.broadcast_to(batch["label"][:, None, None, None] * 20 / 255, (4, 3, 3, 1))
+        np.testing.assert_allclose(batch["image"], expected, rtol=1e-6)
+
+
+def test_batches_stay_what_they_were(numbered: data.ArraySplit):
+    """Published results depend on the order and on what each batch's generator draws."""
+
+    class Draw:
+        def __call__(self, images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+            return np.full_like(images, generator.integers(1000))
+
+    plain = data.Normalization((0.0,), (1.0,))
+    batches = take(
+        data.train_batches(numbered, 4, seed=7, augment=[Draw()], normalization=plain), 3
+    )
+    assert [batch["label"].tolist() for batch in batches] == [
+        [8, 0, 7, 1],
+        [3, 6, 2, 4],
+        [5, 9, 9, 0],
+    ]
+    assert [int(batch["image"].max()) for batch in batches] == [888, 263, 606]
+
+
 @pytest.mark.parametrize(("batch_size", "masks"), [(5, [5, 5]), (4, [4, 4, 2]), (16, [10])])
 def test_eval_passes_once_in_order(numbered: data.ArraySplit, batch_size: int, masks: list[int]):
     batches = list(data.eval_batches(numbered, batch_size))
@@ -147,6 +201,7 @@ def test_eval_batches_share_one_trace(numbered: data.ArraySplit):
     [
         ({"batch_size": 0}, "batch_size=0: give 1 or more"),
         ({"threads": -1}, "threads=-1"),
+        ({"workers": -1}, "workers=-1"),
         ({"normalization": data.Normalization((0.5,) * 3, (0.5,) * 3)}, "has 3 channels.*have 1"),
     ],
 )

@@ -63,6 +63,14 @@ def test_bad_split_lists_the_splits(data_dir: pathlib.Path, split: str):
         data.load_split("mnist_digits_5k", split, data_dir)
 
 
+def test_splits_are_listed(data_dir: pathlib.Path):
+    expected = {"train": 2500, "validation": 1000, "test": 1500}
+    assert data.list_splits("mnist_digits_5k", data_dir) == expected
+    assert data.ImageData("mnist_digits_5k", data_dir).splits() == expected
+    with pytest.raises(ValueError, match="no data set 'cifar10'"):
+        data.list_splits("cifar10", data_dir)
+
+
 @pytest.mark.parametrize(
     "name", ["cifar10", "cifar10:3.0.2", "no_such_set", "mnist_digits_5k:9.0.0"]
 )

@@ -1,0 +1,105 @@
+"""Augmentations and normalizations by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ssvq_jax.data.augment import Affine, Augmentation, HorizontalFlip, Shift
+from ssvq_jax.data.normalization import MNIST_NORMALIZATION, Normalization
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationPreset:
+    """What training does to images at random.
+
+    Attributes:
+        augment: Changes of whole batches, in order.
+        random_crop: Whether each image is first cut by a `RandomResizedCrop`.
+    """
+
+    augment: tuple[Augmentation, ...] = ()
+    random_crop: bool = False
+
+
+AUGMENTATION_PRESETS: Mapping[str, AugmentationPreset] = MappingProxyType(
+    {
+        "none": AugmentationPreset(),
+        "digits": AugmentationPreset((Affine(degrees=12.0, scale=0.12), Shift(2))),
+        "cifar": AugmentationPreset((Shift(4), HorizontalFlip())),
+        "imagenet": AugmentationPreset((HorizontalFlip(),), random_crop=True),
+    }
+)
+"""`digits` turns, scales and shifts but never mirrors; `cifar` is for images of about 32 pixels;
+`imagenet` is for photographs."""
+
+CIFAR10_NORMALIZATION = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+"""Mean and standard deviation of the pixels of CIFAR-10's 50,000 training images."""
+
+IMAGENET_NORMALIZATION = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet's pixels, as most published models use them."""
+
+NORMALIZATION_PRESETS = ("auto", "mnist", "cifar10", "imagenet", "half", "unit")
+"""Names that `normalization_preset` takes."""
+
+
+def augmentation_preset(name: str) -> AugmentationPreset:
+    """Looks up an augmentation preset.
+
+    Args:
+        name: A key of `AUGMENTATION_PRESETS`.
+
+    Returns:
+        The preset.
+
+    Raises:
+        ValueError: There is no such preset.
+
+    Example:
+        >>> augmentation_preset("cifar").augment
+        (Shift(pixels=4), HorizontalFlip(probability=0.5))
+    """
+    if name not in AUGMENTATION_PRESETS:
+        raise ValueError(f"augment={name!r}: choose one of {', '.join(AUGMENTATION_PRESETS)}")
+    return AUGMENTATION_PRESETS[name]
+
+
+def normalization_preset(name: str, channels: int) -> Normalization:
+    """Looks up a normalization preset.
+
+    Args:
+        name: `"mnist"` for one channel; `"cifar10"` or `"imagenet"` for three; `"half"`, pixels in
+            [-1, 1], or `"unit"`, pixels in [0, 1], for any number; `"auto"` is `"mnist"` for one
+            channel and `"imagenet"` for three.
+        channels: Channels of the images.
+
+    Returns:
+        The normalization, with one mean and standard deviation for each channel.
+
+    Raises:
+        ValueError: There is no such preset, or it is for another number of channels.
+
+    Example:
+        >>> normalization_preset("half", 3)
+        Normalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    """
+    if name not in NORMALIZATION_PRESETS:
+        choices = ", ".join(NORMALIZATION_PRESETS)
+        raise ValueError(f"normalization={name!r}: choose one of {choices}")
+    fitting = {
+        "half": Normalization((0.5,) * channels, (0.5,) * channels),
+        "unit": Normalization((0.0,) * channels, (1.0,) * channels),
+    }
+    if channels == 1:
+        fitting |= {"auto": MNIST_NORMALIZATION, "mnist": MNIST_NORMALIZATION}
+    if channels == 3:
+        fitting |= {
+            "auto": IMAGENET_NORMALIZATION,
+            "cifar10": CIFAR10_NORMALIZATION,
+            "imagenet": IMAGENET_NORMALIZATION,
+        }
+    if name not in fitting:
+        raise ValueError(
+            f"normalization={name!r} is not for images of {channels} channels: choose one of "
+            f"{', '.join(sorted(fitting))}"
+        )
+    return fitting[name]
