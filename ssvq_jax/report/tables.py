@@ -73,5 +73,29 @@ def print_results(results: Mapping[str, Any]) -> None:
     print_table(f"test accuracy, {base['examples']} examples", columns, rows)
 
 
+def print_outcome(label: str, results: Mapping[str, Any]) -> None:
+    """Prints the quality and size of one run.
+
+    Args:
+        label: what the last row is called.
+        results: the content of its ``results.json``.
+    """
+    names = {"float": "float32", "before": "before training", "after": label}
+    rows = []
+    for key, name in names.items():
+        if key in results:
+            found = results[key]
+            accuracy = _percent(found["accuracy"], found["standard_error"])
+            rows.append((name, accuracy, f"{found['loss']:.4f}", f"{found['examples']:,}"))
+    print_table("quality", ("model", "accuracy", "loss", "examples"), rows)
+    size = f"{results['stored_bytes']:,} bytes, model {results['file_ratio']:.2f}x smaller"
+    if "bits_per_weight" in results:
+        size += (
+            f"; compressed weights: {results['bits_per_weight']:.3f} bits each, "
+            f"{results['compression_ratio']:.2f}x"
+        )
+    print(size)
+
+
 def _percent(share: float, error: float | None = None) -> str:
     return f"{100 * share:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "") + " %"
