@@ -1,22 +1,68 @@
 import json
 import re
 import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
+
+from ssvq_jax.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def blocks(language, word):
+    """The README's one block of code that holds a word."""
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    (code,) = [code for code in found if word in code]
+    return code
+
+
 def test_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = blocks("python", "make_plan")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         names: dict = {}
         exec(code, names)
     assert names["logits"].shape == (64, 10)
     assert names["plan"].bits().main.compression_ratio > 20
+
+
+def test_own_model_and_images_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """The commands as they stand there, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("flowers.py").write_text(blocks("python", "class Net"))
+    Path("recipe.json").write_text(blocks("json", "sign_split"))
+    generator = np.random.default_rng(0)
+    for i, name in enumerate(("aster", "daisy", "lily", "rose", "tulip")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(30):
+            height, width = generator.integers(60, 90, 2)
+            pixels = generator.integers(0, 100, (height, width, 3), dtype=np.uint8)
+            pixels[..., i % 3] += np.uint8(60 * (1 + i // 3))
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
+    lines = [line.split("#")[0] for line in blocks("bash", "ssvq finetune").splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.strip()]
+    assert [command[0] for command in commands] == [
+        "train", "analyze", "compress", "finetune", "eval",
+    ]  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for command in commands:
+            short = ["--steps", "20"] if command[0] in ("train", "finetune") else []
+            main([*command, *short])
+    for run in ("float", "analysis", "small", "tuned"):
+        for name in ("config.json", "metrics.jsonl", "results.json"):
+            assert Path("runs", run, name).stat().st_size > 0
+        assert list(Path("runs", run).glob("*.png"))
+    found = json.loads(Path("runs/tuned/eval-test-best.json").read_text())
+    assert found["after"]["examples"] == 15
+    assert found["compression_ratio"] > 19
+    assert "test" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])

@@ -15,26 +15,41 @@ class PlanCommand:
     Only shapes are looked at; no weight is loaded or computed.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="NAME")]
-    """Model from the registry, e.g. deit_tiny."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME_OR_MODULE:FUNCTION")]
+    """Model from the registry (deit_tiny), or module:function of your own code, which returns a
+    flax.linen module, or (module, variables)."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
     """Preset (e.g. ssvq-21x, vq-21x, uniform-8bit) or a recipe in a JSON file."""
     classes: int | None = None
     """Number of classes, if not the model's own."""
     scan: bool = False
     """Stack the blocks for a scan; every layer still gets its own codebooks."""
+    image_size: int | None = None
+    """Height and width of the images; by default what the model says."""
+    channels: int = 3
+    """Channels of the images, if the model does not say."""
     out: Path | None = None
     """Write the plan as JSON to this file."""
 
     def run(self) -> None:
         """Prints the table."""
-        from ssvq_jax.models import create, param_shapes
+        from ssvq_jax.models import load_model
         from ssvq_jax.plan import make_plan
         from ssvq_jax.recipe import load_recipe
         from ssvq_jax.report import print_bits
 
-        model = create(self.model, classes=self.classes, scan=self.scan)
-        plan = make_plan(param_shapes(model), load_recipe(self.recipe))
+        model = load_model(self.model, classes=self.classes, scan=self.scan)
+        variables = model.variables
+        if variables is None:
+            size = self.image_size or model.image_size
+            if size is None:
+                raise ValueError(
+                    f"model '{self.model}' does not say which images it takes: give --image-size"
+                )
+            config = getattr(model.module, "config", None)
+            channels = getattr(config, "channels", self.channels)
+            variables = model.shapes((size, size, channels))
+        plan = make_plan(variables["params"], load_recipe(self.recipe))
         print_bits(f"{self.model} with {self.recipe}", plan.bits())
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
 """``ssvq quickstart``: a whole compression on real digits, against the baselines."""
 
 import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.cli.run_folder import RunFolder
     from ssvq_jax.plan import Plan
     from ssvq_jax.training.finetune import Finetuned, Task
     from ssvq_jax.training.optimizer import OptimizerConfig
@@ -32,11 +31,15 @@ class QuickstartCommand:
     Uses 5,000 MNIST digits that come with the installation; nothing is downloaded. A float model is
     trained first; then every method compresses it and is fine-tuned with the same data and steps.
     The table shows test accuracy of the finalized models, and the bits they store. About five
-    minutes on two CPU cores.
+    minutes on two CPU cores. Stop it whenever you like: the same command goes on where it was.
     """
 
     out: Path = Path("runs/quickstart")
-    """Folder for results.json, metrics.jsonl, plans and pictures."""
+    """Folder for config.json, results.json, metrics.jsonl, plans, pictures and checkpoints."""
+    resume: bool = True
+    """Go on with the run in the folder; --no-resume deletes it and starts over."""
+    save_seconds: float = 60.0
+    """Least time between two checkpoints."""
     seed: int = 0
     """Decides initial weights, clustering, and the order and augmentation of the data."""
     methods: tuple[str, ...] = METHODS
@@ -76,6 +79,8 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     Returns:
         The results, and the training records by method.
     """
+    from ssvq_jax.cli.options import to_json
+    from ssvq_jax.cli.run_folder import RunFolder
     from ssvq_jax.models import create, param_shapes
     from ssvq_jax.plan import Plan, make_plan
     from ssvq_jax.recipe import load_recipe
@@ -90,23 +95,16 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
         plans[label] = name, make_plan(param_shapes(create(MODEL)), load_recipe(name))
         if not plans[label][1].entries:
             raise ValueError(f"methods: '{name}' compresses nothing")
-    start = time.perf_counter()
-    command.out.mkdir(parents=True, exist_ok=True)
-    metrics_file = command.out / "metrics.jsonl"
-    metrics_file.unlink(missing_ok=True)
+    config = to_json(command, "quickstart", model=MODEL, recipes=_recipes(plans))
+    folder = RunFolder(command.out, config, resume=command.resume)
     origin = provenance()
     task = load_task(command, "test")
-    trained = train_float(command, task, metrics_file)
-    config = dataclasses.asdict(command) | {"out": str(command.out), "model": MODEL}
-    config["data_dir"] = None if command.data_dir is None else str(command.data_dir)
+    trained = train_float(command, task, folder)
     results: dict[str, Any] = {
-        "config": config,
+        "config": folder.config,
         **origin,
         "float": {
-            "accuracy": trained.after.accuracy,
-            "standard_error": trained.after.standard_error,
-            "loss": trained.after.loss,
-            "examples": trained.after.examples,
+            **trained.after._asdict(),
             "steps": command.float_steps,
             "seconds": sum(trained.seconds.values()),
         },
@@ -115,40 +113,45 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     histories = {}
     for label, (name, plan) in plans.items():
         optimizer = tuned_optimizer(plan)
-        done = compress(command, task, plan, trained.packed.params, optimizer, label, metrics_file)
+        done = compress(command, task, plan, trained.packed.params, optimizer, label, folder)
         histories[label] = done.records
         results["methods"][label] = {
             "recipe": name,
             "optimizer": dataclasses.asdict(optimizer),
             **_row(plan, done, command.steps),
         }
-        results["seconds"] = time.perf_counter() - start
-        (command.out / f"{label}.plan.json").write_text(json.dumps(plan.to_json(), indent=1))
-        (command.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        rows = [results["float"], *results["methods"].values()]
+        results["seconds"] = sum(row["seconds"] for row in rows)
+        folder.write(f"{label}.plan.json", plan.to_json())
+        folder.write("results.json", results)
     return results, histories
 
 
 def load_task(command: QuickstartCommand, split: str) -> "Task":
     """The digits and the model, judged on a split."""
+    import jax
+
     from ssvq_jax import data
+    from ssvq_jax.cli.setup import round_up
     from ssvq_jax.models import create
     from ssvq_jax.training.finetune import Task
     from ssvq_jax.training.step import linen_forward
 
     train = data.load_split(data.EMBEDDED_NAME, "train", command.data_dir)
     held_out = data.load_split(data.EMBEDDED_NAME, split, command.data_dir)
-    augment = (data.Affine(degrees=12.0, scale=0.12), data.Shift(2))
+    augment = data.augmentation_preset("digits").augment
+    batch = round_up(500, jax.local_device_count())
     return Task(
         forward=linen_forward(create(MODEL)),
         train_batches=lambda seed: data.train_batches(
             train, command.batch_size, seed=seed, augment=augment
         ),
-        eval_batches=lambda: data.eval_batches(held_out, 500),
+        eval_batches=lambda: data.eval_batches(held_out, batch),
     )
 
 
 def train_float(
-    command: QuickstartCommand, task: "Task", metrics_file: Path | None = None
+    command: QuickstartCommand, task: "Task", folder: "RunFolder | None" = None
 ) -> "Finetuned":
     """Trains the float model: the plan that compresses nothing."""
     import jax
@@ -156,7 +159,6 @@ def train_float(
 
     from ssvq_jax.models import create, param_shapes
     from ssvq_jax.plan import make_plan
-    from ssvq_jax.training.finetune import finetune
     from ssvq_jax.training.optimizer import OptimizerConfig
 
     model = create(MODEL)
@@ -164,7 +166,8 @@ def train_float(
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
     init_key, key, _ = jax.random.split(jax.random.key(command.seed), 3)
     params = jax.jit(model.init)(init_key, image)["params"]
-    return finetune(
+    return _run(
+        command,
         task,
         make_plan(param_shapes(model), [(".*", None)]),
         params,
@@ -173,7 +176,7 @@ def train_float(
         steps=command.float_steps,
         optimizer=OptimizerConfig(dense=2e-3, weight_decay=0.05, freeze=None),
         name="float",
-        metrics_file=metrics_file,
+        folder=folder,
     )
 
 
@@ -184,14 +187,13 @@ def compress(
     params: "PyTree",
     optimizer: "OptimizerConfig",
     name: str,
-    metrics_file: Path | None = None,
+    folder: "RunFolder | None" = None,
 ) -> "Finetuned":
     """Compresses the float model by a plan and fine-tunes it; equal seeds see equal batches."""
     import jax
 
-    from ssvq_jax.training.finetune import finetune
-
-    return finetune(
+    return _run(
+        command,
         task,
         plan,
         params,
@@ -200,8 +202,35 @@ def compress(
         steps=command.steps,
         optimizer=optimizer,
         name=name,
-        metrics_file=metrics_file,
+        folder=folder,
     )
+
+
+def _run(
+    command: QuickstartCommand,
+    task: "Task",
+    plan: "Plan",
+    params: "PyTree",
+    *,
+    name: str,
+    folder: "RunFolder | None",
+    **settings: Any,
+) -> "Finetuned":
+    """Fine-tunes, saved in a folder if there is one."""
+    from ssvq_jax.training.finetune import finetune
+
+    if folder is None:
+        return finetune(task, plan, params, name=name, **settings)
+    with folder.checkpoints(name, command.save_seconds) as checkpoints:
+        return finetune(
+            task,
+            plan,
+            params,
+            name=name,
+            metrics=folder.metrics,
+            checkpoints=checkpoints,
+            **settings,
+        )
 
 
 def tuned_optimizer(plan: "Plan") -> "OptimizerConfig":
@@ -224,6 +253,11 @@ def tuned_optimizer(plan: "Plan") -> "OptimizerConfig":
             return OptimizerConfig(dense=9.1e-3, latent=1.1e-3, freeze=None)
         case _:
             return OptimizerConfig(dense=1.8e-2, codebook=9.3e-4, freeze=None)
+
+
+def _recipes(plans: "dict[str, tuple[str, Plan]]") -> dict[str, Any]:
+    """What the recipes say, since a file may change between two sittings."""
+    return {label: plan.to_json()["recipe"] for label, (_, plan) in plans.items()}
 
 
 def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:

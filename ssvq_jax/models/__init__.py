@@ -1,6 +1,18 @@
-"""Flax models, by name."""
+"""Flax models, by name or from a user's module, and weights for them."""
 
+from ssvq_jax.models.loading import LoadedModel, load_model
 from ssvq_jax.models.registry import CONFIGS, create, param_shapes
 from ssvq_jax.models.vit import ViT, ViTConfig
+from ssvq_jax.models.weights import fit_weights, load_weights
 
-__all__ = ["CONFIGS", "ViT", "ViTConfig", "create", "param_shapes"]
+__all__ = [
+    "CONFIGS",
+    "LoadedModel",
+    "ViT",
+    "ViTConfig",
+    "create",
+    "fit_weights",
+    "load_model",
+    "load_weights",
+    "param_shapes",
+]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Key
 from ssvq_jax.quantizers.base import Calibration, Encoded, Fields, Storage, Stream, straight_through
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.tree import LeafSpec
+
+LatentDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,10 @@ class SignSplit(CodebookQuantizer):
     Attributes:
         alpha: scale of the latents' start; signs flip sooner with a smaller one.
         learn_signs: train the signs; if False they stay those of W, as one fixed bit.
+        latent_dtype: what the latents are kept in while training, None for the leaf's own dtype.
+            They are the largest thing that is trained, and only their signs are stored. In bfloat16
+            an update below a 512th of a latent is lost, so that large latents stand still; those
+            near zero, which decide the signs, move as in float32.
 
     Example:
         >>> from ssvq_jax import LeafSpec
@@ -44,11 +50,17 @@ class SignSplit(CodebookQuantizer):
     dim: int = 8
     alpha: float = 1.0
     learn_signs: bool = True
+    latent_dtype: LatentDtype | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha={self.alpha}: the latents' scale must be positive and finite")
+        if self.latent_dtype not in (None, *get_args(LatentDtype)):
+            raise ValueError(
+                f"latent_dtype={self.latent_dtype!r}: choose one of {get_args(LatentDtype)}, or "
+                "None for the leaf's own"
+            )
 
     @property
     def settings(self) -> str:
@@ -66,8 +78,7 @@ class SignSplit(CodebookQuantizer):
         values, learned = self.unscale(jnp.abs(weight.astype("float32")))
         codebook, codes = self.cluster(key, values, spec, calibration, learned)
         if self.learn_signs:
-            # The latents keep the leaf's dtype: they are the largest thing that is trained.
-            latent = (self.alpha * weight.astype("float32")).astype(spec.dtype)
+            latent = (self.alpha * weight.astype("float32")).astype(self.latent_dtype or spec.dtype)
             return Encoded(
                 {**learned, "codebook": codebook, "sign_latent": latent}, {"codes": codes}
             )
@@ -98,7 +109,8 @@ class SignSplit(CodebookQuantizer):
         """Codes, codebook and signs; latents come back as -1 and +1."""
         learned, fixed = self.codebook_unpack(fields), {"codes": fields["codes"]}
         if self.learn_signs:
-            learned["sign_latent"] = jnp.where(fields["signs"], -1.0, 1.0).astype(spec.dtype)
+            latent = jnp.where(fields["signs"], -1.0, 1.0)
+            learned["sign_latent"] = latent.astype(self.latent_dtype or spec.dtype)
         else:
             fixed["signs"] = fields["signs"]
         return Encoded(learned, fixed)

@@ -1,13 +1,25 @@
-"""The training loop: progress bar on the terminal, metrics as JSON lines."""
+"""The training loop: a progress bar, metrics as JSON lines, stops that lose nothing."""
 
 import contextlib
-import json
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
+from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.step import Batch, CompressionState, TrainStep
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Saves a state; called after every record, and before the loop ends early."""
+
+    def __call__(
+        self, state: CompressionState, step: int, *, loss: float | None, force: bool
+    ) -> None:
+        """Saves if it is time to, or if forced; ``loss`` is on validation data, if just judged."""
+        ...
 
 
 def fit(
@@ -17,55 +29,93 @@ def fit(
     steps: int,
     *,
     name: str,
-    metrics_file: Path | None = None,
+    metrics: MetricsFile | None = None,
+    validate: Callable[[CompressionState], dict[str, float]] | None = None,
+    validate_every: int | None = None,
+    keep: Keeper | None = None,
     log_every: int = 10,
 ) -> tuple[CompressionState, list[dict[str, Any]]]:
-    """Trains for a number of updates.
+    """Trains up to a number of steps.
 
     Args:
-        state: where to begin; its buffers are donated.
+        state: where to begin, at its ``step``; its buffers are donated.
         step: from `make_train_step`.
-        batches: endless iterator of batches.
-        steps: number of updates.
+        batches: endless iterator of batches, at the state's step.
+        steps: steps at the end of the run, those before ``state`` counted.
         name: label of the progress bar and of the metrics.
-        metrics_file: JSON lines are appended to it.
-        log_every: updates between two records; metrics are only fetched then, so that the device
+        metrics: file of records; those of a state's future are dropped from it.
+        validate: judges a state on validation data; its figures, a ``validation_loss`` among them,
+            go into the record.
+        validate_every: steps between two validations; None for never.
+        keep: saves the state after a record; forced after a validation, and on Ctrl-C or a
+            termination signal, which end the loop after the step in progress.
+        log_every: steps between two records; metrics are only fetched then, so that the device
             does not wait for the host in between.
 
     Returns:
-        The final state and the records: ``step``, ``loss``, ``accuracy``, ``steps_per_second`` and
-        the step's other scalars.
+        The final state and the records: ``step``, ``loss``, ``accuracy``, ``steps_per_second``,
+        the step's other scalars, and what ``validate`` gave.
 
     Raises:
         ValueError: if the loss is no longer finite.
+        KeyboardInterrupt: after a signal, the state being saved.
     """
-    records: list[dict[str, Any]] = []
+    start = int(state.step)
+    records = metrics.resume(name, start) if metrics else []
     progress = _progress()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(progress)
-        file = stack.enter_context(metrics_file.open("a")) if metrics_file else None
-        task = progress.add_task(name, total=steps, figures="compiling")
-        last_time, last_step = time.perf_counter(), 0
-        for done in range(1, steps + 1):
-            state, metrics = step(state, next(batches))
-            if done % log_every and done != steps:
+    with progress, _signals() as stopped:
+        task = progress.add_task(name, total=steps, completed=start, figures="compiling")
+        last_time, last_step = time.perf_counter(), start
+        for done in range(start + 1, steps + 1):
+            state, scalars = step(state, next(batches))
+            judged = validate is not None and validate_every and done % validate_every == 0
+            if not (done % log_every == 0 or done == steps or judged or stopped):
                 progress.update(task, completed=done)
                 continue
-            figures = {key: float(value) for key, value in metrics.items()}
+            figures = {key: float(value) for key, value in scalars.items()}
             if not figures["loss"] < float("inf"):
                 raise ValueError(
                     f"{name}: the loss is {figures['loss']} at step {done}: use lower learning "
                     "rates or a smaller clip_norm"
                 )
             now = time.perf_counter()
-            rate = (done - last_step) / (now - last_time)
+            figures["steps_per_second"] = (done - last_step) / (now - last_time)
             last_time, last_step = now, done
-            records.append({"run": name, "step": done, **figures, "steps_per_second": rate})
-            if file is not None:
-                file.write(json.dumps(records[-1]) + "\n")
-                file.flush()
+            if judged and validate is not None:
+                figures |= validate(state)
+            records.append({"run": name, "step": done, **figures})
+            if metrics is not None:
+                metrics.append(records[-1])
             progress.update(task, completed=done, figures=_readable(records[-1]))
+            if keep is not None and done < steps:
+                force = bool(judged or stopped)
+                keep(state, done, loss=figures.get("validation_loss"), force=force)
+            if stopped:
+                raise KeyboardInterrupt
     return state, records
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects Ctrl-C and termination signals; a second one takes its usual course."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may handle signals
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    usual: dict[int, Any] = {number: signal.getsignal(number) for number in signals}
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
+
+    try:
+        for number in usual:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _progress() -> Any:
@@ -86,7 +136,8 @@ def _progress() -> Any:
 
 
 def _readable(record: dict[str, Any]) -> str:
-    parts = [f"{record['steps_per_second']:.0f}/s", f"loss {record['loss']:.3f}"]
+    rate = record["steps_per_second"]
+    parts = [f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s", f"loss {record['loss']:.3f}"]
     parts += [
         f"{key} {100 * record[key]:.1f}%"
         for key in ("accuracy", "flipped", "frozen")

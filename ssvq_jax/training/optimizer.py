@@ -2,13 +2,17 @@
 
 import dataclasses
 from collections.abc import Hashable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ssvq_jax.plan import Plan
+from ssvq_jax.quantizers.base import check_integer
 from ssvq_jax.training.freezing import FreezeTo, cosine_threshold, freeze_signs
+
+MomentDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,11 @@ class OptimizerConfig:
         warmup_share: share of the run in which rates rise linearly.
         clip_norm: largest global gradient norm.
         freeze: sign freezing, or None to let all signs flip to the end.
+        accumulate: batches whose mean gradient makes one update; takes 4 more bytes a parameter.
+            Batch statistics still move with every batch.
+        moment_dtype: of Adam's first moment, an average that changes by a tenth in every update,
+            more than bfloat16's rounding (a 256th). The second moment is always float32: it changes
+            by a thousandth, so in bfloat16 it stays where its largest gradient put it.
     """
 
     dense: float = 1e-4
@@ -59,6 +68,30 @@ class OptimizerConfig:
     warmup_share: float = 0.05
     clip_norm: float = 1.0
     freeze: FreezeConfig | None = dataclasses.field(default_factory=FreezeConfig)
+    accumulate: int = 1
+    moment_dtype: MomentDtype = "float32"
+
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for values out of range."""
+        for name in ("dense", "codebook", "sign", "scale", "latent", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value}: a rate must be finite and at least 0")
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"clip_norm={self.clip_norm}: it must be above 0 (float('inf') clips nothing)"
+            )
+        shares = {"warmup_share": self.warmup_share}
+        if self.freeze is not None:
+            shares["freeze.warmup_share"] = self.freeze.warmup_share
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share}: a share of the run is between 0 and 1")
+        check_integer("accumulate", self.accumulate, least=1)
+        if self.moment_dtype not in get_args(MomentDtype):
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype!r}: choose one of {get_args(MomentDtype)}"
+            )
 
 
 def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.GradientTransformation:
@@ -66,36 +99,81 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
 
     Args:
         plan: names the groups.
-        steps: length of the run in updates.
+        steps: length of the run in batches; an update takes ``config.accumulate`` of them, and
+            schedules and freezing count updates.
         config: the settings.
 
     Returns:
         One transformation. Without freezing it still observes the signs, so that runs with and
         without can be compared; the state is empty where a plan has no sign latents.
+
+    Raises:
+        ValueError: for settings out of range, or if ``config.accumulate`` does not divide steps.
     """
-    adam, adamw = optax.adam, optax.adamw
+    config.check()
+    check_integer("steps", steps, least=0)
+    if steps % config.accumulate:
+        lower = steps - steps % config.accumulate
+        raise ValueError(
+            f"accumulate={config.accumulate} does not divide steps={steps}, so the last batches "
+            f"would make no update: give steps={lower + config.accumulate}, or another accumulate"
+        )
+    updates = max(steps // config.accumulate, 1)
+
+    def adam(peak: float, weight_decay: float | None = None) -> optax.GradientTransformation:
+        rate, moment_dtype = _schedule(peak, updates, config), config.moment_dtype
+        if weight_decay is None:
+            return _in_float32(optax.adam(rate, mu_dtype=moment_dtype))
+        return _in_float32(optax.adamw(rate, weight_decay=weight_decay, mu_dtype=moment_dtype))
+
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "dense": adamw(_schedule(config.dense, steps, config), weight_decay=config.weight_decay),
-        "codebook": adam(_schedule(config.codebook, steps, config)),
-        "sign": adam(_schedule(config.sign, steps, config)),
-        "scale": optax.chain(adam(_schedule(config.scale, steps, config)), _relative()),
-        "latent": adamw(_schedule(config.latent, steps, config), weight_decay=config.weight_decay),
+        "dense": adam(config.dense, config.weight_decay),
+        "codebook": adam(config.codebook),
+        "sign": adam(config.sign),
+        "scale": optax.chain(adam(config.scale), _relative()),
+        "latent": adam(config.latent, config.weight_decay),
     }
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, plan.labels)
     )
     freeze = config.freeze
     if freeze is None:
-        return freeze_signs(inner, every=steps, threshold=float("inf"), freeze_to="current")
-    return freeze_signs(
-        inner,
-        every=freeze.every,
-        threshold=cosine_threshold(freeze.start, freeze.end, steps),
-        momentum=freeze.momentum,
-        warmup=round(freeze.warmup_share * steps),
-        freeze_to=freeze.freeze_to,
-        vote_window=freeze.vote_window,
-    )
+        tx = freeze_signs(inner, every=updates, threshold=float("inf"), freeze_to="current")
+    else:
+        tx = freeze_signs(
+            inner,
+            every=freeze.every,
+            threshold=cosine_threshold(freeze.start, freeze.end, updates),
+            momentum=freeze.momentum,
+            warmup=round(freeze.warmup_share * updates),
+            freeze_to=freeze.freeze_to,
+            vote_window=freeze.vote_window,
+        )
+    if config.accumulate == 1:
+        return tx
+    # Outside of freeze_signs, so that its interval, votes and flips are those of real updates.
+    return optax.MultiSteps(tx, config.accumulate).gradient_transformation()
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Computes in float32, whatever the parameters are kept in.
+
+    Optax keeps Adam's second moment in the parameters' dtype; ``mu_dtype`` is for the first alone.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(_float32(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return inner.update(_float32(updates), state, _float32(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _relative() -> optax.GradientTransformation:
@@ -111,5 +189,6 @@ def _relative() -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _schedule(peak: float, steps: int, config: OptimizerConfig) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(0.0, peak, round(config.warmup_share * steps), steps)
+def _schedule(peak: float, updates: int, config: OptimizerConfig) -> optax.Schedule:
+    warmup = min(round(config.warmup_share * updates), updates - 1)  # a decay has to follow
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, updates)

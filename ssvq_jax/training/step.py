@@ -3,7 +3,7 @@
 A float model is trained by the plan that compresses nothing: there is one code path.
 """
 
-import functools
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Key
 
 from ssvq_jax.plan import Plan
 from ssvq_jax.training.freezing import FreezeState
+from ssvq_jax.training.layout import Layout
+from ssvq_jax.training.remat import remat_calls
 from ssvq_jax.tree import PyTree, Variables, split
 
 Batch = Mapping[str, Any]
@@ -38,11 +40,14 @@ class Forward(Protocol):
         ...
 
 
-def linen_forward(module: nn.Module) -> Forward:
+def linen_forward(module: nn.Module, *, remat: type[nn.Module] | None = None) -> Forward:
     """Wraps a linen module: passes ``train`` where its call takes it, updates its collections.
 
     Args:
         module: called with images, and with ``train=`` if its signature has that.
+        remat: class of the model's blocks, e.g. `ssvq_jax.models.vit.Block`. For the backward pass
+            each block then keeps its input and the results of its matrix products, and computes the
+            rest again: less memory, more time, the same gradients.
 
     Returns:
         The module as a function.
@@ -56,10 +61,9 @@ def linen_forward(module: nn.Module) -> Forward:
         variables = {"params": params, **model_state}
         if key is None:
             return jnp.asarray(module.apply(variables, images, **train)), model_state
-        logits, updated = module.apply(
-            variables, images, **train, rngs={"dropout": key}, mutable=list(model_state)
-        )
-        return logits, updated
+        rngs, mutable = {"dropout": key}, list(model_state)
+        with contextlib.nullcontext() if remat is None else remat_calls(remat):
+            return module.apply(variables, images, **train, rngs=rngs, mutable=mutable)
 
     return forward
 
@@ -71,12 +75,15 @@ class CompressionState(TrainState):
         fixed: the collection ``vq_state``.
         model_state: the model's own collections, e.g. batch statistics; empty if it has none.
         key: typed PRNG key of the run.
+
+    Trees of shapes and of shardings take this form too, so that no field is an array by type.
     """
 
+    step: PyTree
     params: PyTree = struct.field(pytree_node=True)  # flax says FrozenDict; any tree will do
     fixed: PyTree
     model_state: PyTree
-    key: Key[Array, ""]
+    key: PyTree
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def make_state(
         A state of its own: training donates its buffers, so the arrays given here are copied.
     """
     learned, fixed = jax.tree.map(jnp.copy, split(variables))
-    return CompressionState.create(
+    state = CompressionState.create(
         apply_fn=forward,
         params=learned,
         tx=tx,
@@ -112,29 +119,44 @@ def make_state(
         model_state=jax.tree.map(jnp.copy, model_state or {}),
         key=jnp.copy(key),
     )
+    return state.replace(step=jnp.zeros([], jnp.int32))  # flax begins with a Python number
 
 
 TrainStep = Callable[[CompressionState, Batch], tuple[CompressionState, dict[str, Array]]]
 
 
-def make_train_step(plan: Plan) -> TrainStep:
+def make_train_step(
+    plan: Plan, *, layout: Layout | None = None, remat: bool = False
+) -> jax.stages.Wrapped:
     """Compiles decode, forward, backward and update into one step.
 
     Args:
         plan: the plan of the state's variables.
+        layout: the devices; None for the default one. The state must come from `Layout.place`, and
+            keeps its sharding; batches may be NumPy arrays, whose parts go straight to their
+            devices. Sums and batch statistics run over the whole batch.
+        remat: decode the weights again for the backward pass instead of keeping them and their
+            parts, about 8 bytes a compressed weight. The activations are the model's: see
+            `linen_forward`.
 
     Returns:
-        A function of a state, whose buffers it takes over (they are donated), and a batch
-        ``{"image": [b, h, w, c], "label": int32 [b]}``; it returns the next state and scalars:
-        loss, accuracy, and with sign latents the shares ``flipped`` (at least once) and ``frozen``.
+        A jitted `TrainStep`: a function of a state, whose buffers it takes over (they are donated),
+        and a batch ``{"image": [b, h, w, c], "label": int32 [b]}``; it returns the next state and
+        scalars: loss, accuracy, and with sign latents the shares ``flipped`` (at least once) and
+        ``frozen``.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def step(state: CompressionState, batch: Batch) -> tuple[CompressionState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
 
-        def loss_fn(learned: Variables) -> tuple[Array, tuple[Array, PyTree]]:
+        def decode(learned: Variables) -> PyTree:
             params = plan.decode({**learned, **state.fixed})
+            if layout is None:
+                return params
+            return jax.lax.with_sharding_constraint(params, layout.replicated)
+
+        def loss_fn(learned: Variables) -> tuple[Array, tuple[Array, PyTree]]:
+            params = (jax.checkpoint(decode) if remat else decode)(learned)
             logits, model_state = state.apply_fn(params, state.model_state, batch["image"], key)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return jnp.mean(losses), (logits, model_state)
@@ -143,20 +165,33 @@ def make_train_step(plan: Plan) -> TrainStep:
             state.params
         )
         state = state.apply_gradients(grads=grads).replace(model_state=model_state)
+        if layout is not None:
+            state = jax.lax.with_sharding_constraint(state, layout.state(state))
         accuracy = jnp.mean((jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32))
         return state, {"loss": loss, "accuracy": accuracy, **sign_shares(state.opt_state)}
 
-    return step
+    if layout is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, in_shardings=(None, layout.batch))
 
 
 def sign_shares(opt_state: optax.OptState) -> dict[str, Array]:
-    """Shares of signs that have ``flipped`` at least once, and that are ``frozen``."""
-    if not isinstance(opt_state, FreezeState) or not opt_state.frozen:
-        return {}
-    total = sum(mask.size for mask in opt_state.frozen.values())
-    flipped = sum(jnp.sum(f >= 0) for f in opt_state.frequency.values())
-    frozen = sum(jnp.sum(mask) for mask in opt_state.frozen.values())
-    return {"flipped": jnp.asarray(flipped) / total, "frozen": jnp.asarray(frozen) / total}
+    """Shares of signs that have ``flipped`` at least once, and that are ``frozen``.
+
+    Args:
+        opt_state: state of an optimizer that has `freeze_signs` at most once, however nested.
+
+    Returns:
+        The two scalars; empty without `freeze_signs` or sign latents.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, FreezeState))
+    for node in nodes:
+        if isinstance(node, FreezeState) and node.frozen:
+            total = sum(mask.size for mask in node.frozen.values())
+            flipped = sum(jnp.sum(f >= 0) for f in node.frequency.values())
+            frozen = sum(jnp.sum(mask) for mask in node.frozen.values())
+            return {"flipped": jnp.asarray(flipped) / total, "frozen": jnp.asarray(frozen) / total}
+    return {}
 
 
 class Evaluation(NamedTuple):
@@ -175,18 +210,21 @@ class Evaluation(NamedTuple):
     examples: int
 
 
-def make_evaluate(forward: Forward) -> Callable[[PyTree, PyTree, Iterable[Batch]], Evaluation]:
+def make_evaluate(
+    forward: Forward, layout: Layout | None = None
+) -> Callable[[PyTree, PyTree, Iterable[Batch]], Evaluation]:
     """Compiles evaluation.
 
     Args:
         forward: the model.
+        layout: the devices, over which batches are cut; None for the default one.
 
     Returns:
         A function of parameters, model state and batches with a ``mask`` ``[b]`` that is 0 for
-        padded examples.
+        padded examples. It raises ValueError without examples, or for batches that the devices do
+        not divide.
     """
 
-    @jax.jit
     def sums(params: PyTree, model_state: PyTree, batch: Batch) -> Float[Array, "3"]:
         logits, _ = forward(params, model_state, batch["image"], None)
         right = jnp.argmax(logits, -1) == batch["label"]
@@ -194,8 +232,19 @@ def make_evaluate(forward: Forward) -> Callable[[PyTree, PyTree, Iterable[Batch]
         mask = jnp.asarray(batch["mask"], jnp.float32)
         return jnp.stack([jnp.sum(mask, where=right), jnp.sum(mask * loss), jnp.sum(mask)])
 
+    if layout is None:
+        compiled = jax.jit(sums)
+    else:
+        compiled = jax.jit(sums, in_shardings=(layout.replicated, layout.replicated, layout.batch))
+
     def evaluate(params: PyTree, model_state: PyTree, batches: Iterable[Batch]) -> Evaluation:
-        totals = sum((jnp.asarray(sums(params, model_state, b)) for b in batches), jnp.zeros(3))
+        if layout is not None:
+            params, model_state = jax.device_put((params, model_state), layout.replicated)
+        totals = jnp.zeros(3)
+        for batch in batches:
+            if layout is not None:
+                layout.check_batch(len(batch["label"]))
+            totals = totals + jnp.asarray(compiled(params, model_state, batch))
         right, loss, count = (float(x) for x in totals)
         if not count:
             raise ValueError("evaluation got no examples: the data split is empty")

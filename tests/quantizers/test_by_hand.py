@@ -112,6 +112,22 @@ def test_fixed_signs_are_one_bit_and_no_latent():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("latent_dtype", [None, "float32", "bfloat16"])
+def test_latents_are_kept_in_their_own_dtype_and_decode_to_the_leafs(dtype, latent_dtype):
+    quantizer = SignSplit(codewords=2, dim=2, latent_dtype=latent_dtype)
+    spec = LeafSpec("w", (2, 4), dtype)
+    weight = jnp.array([[1.0, -1.0, -5.0, 5.0], [-1.0, -1.0, 5.0, 5.0]], dtype)
+    learned, fixed = quantizer.init(KEY, weight, spec)
+    restored, _ = quantizer.unpack(quantizer.pack(learned, fixed, spec), spec)
+    expected = dtype if latent_dtype is None else latent_dtype
+    assert learned["sign_latent"].dtype == restored["sign_latent"].dtype == expected
+    decoded = quantizer.decode(learned, fixed, spec)
+    assert decoded.dtype == dtype
+    assert np.array_equal(decoded < 0, weight < 0)
+    assert quantizer.storage(spec) == SignSplit(codewords=2, dim=2).storage(spec)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stored_sign_bit_is_latent_below_zero(dtype):
     quantizer = SignSplit(codewords=2, dim=2)
     spec = LeafSpec("w", (1, 4), dtype)

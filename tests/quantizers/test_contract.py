@@ -27,6 +27,9 @@ CASES = {
     "sign split scaled, axes as in Equinox": SignSplit(
         codewords=4, dim=8, channel_scale=True, channel_axis=0, iterations=5
     ),
+    "sign split, bfloat16 latents": SignSplit(
+        codewords=4, dim=8, iterations=5, latent_dtype="bfloat16"
+    ),
     "uniform 2 bit": Uniform(bits=2),
     "uniform 4 bit, axes as in Equinox": Uniform(bits=4, channel_axis=0),
     "uniform 8 bit a tensor": Uniform(bits=8, per_channel=False),
@@ -205,6 +208,7 @@ def test_json_round_trip(quantizer):
         (lambda: SignSplit(alpha=float("inf")), "alpha=inf"),
         (lambda: SignSplit(alpha=0.0), r"alpha=0.0: .* positive"),
         (lambda: SignSplit(alpha=float("nan")), "alpha=nan"),
+        (lambda: SignSplit(latent_dtype="float16"), "latent_dtype='float16': choose one of"),
         (lambda: Vector(iterations=0), "iterations=0"),
         (lambda: Uniform(bits=1), "bits=1: .* 2 to 8"),
         (lambda: from_json({"method": "magic"}), "method 'magic' is unknown: choose one of"),

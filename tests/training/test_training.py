@@ -9,6 +9,7 @@ import pytest
 import ssvq_jax as ssvq
 from ssvq_jax.training.finetune import Task, finetune
 from ssvq_jax.training.loop import fit
+from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import linen_forward, make_evaluate, make_state, make_train_step
 
@@ -75,7 +76,7 @@ def test_finetune_recovers_what_compression_lost(tmp_path):
     file = tmp_path / "metrics.jsonl"
     done = finetune(
         task(), plan, floating.packed.params, key=jax.random.key(0), seed=0, steps=100,
-        name="ssvq", optimizer=FAST, metrics_file=file,
+        name="ssvq", optimizer=FAST, metrics=MetricsFile(file),
     )  # fmt: skip
     assert done.before.loss > floating.after.loss
     assert done.after.loss < done.before.loss

@@ -1,0 +1,201 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Compress your own Flax model
+#
+# Train or bring a model, store the kernels in about 1.6 bits a weight instead of 32, fine-tune what
+# is stored, and get the accuracy back. Works on CPU, GPU and TPU (Runtime → Change runtime type).
+# When Colab cuts you off, run the cells again: training goes on where it was, to the bit.
+
+# %% tags=["parameters"]
+SOURCE = ""  # @param {type:"string"}
+# ↑ where to install ssvq_jax from: "git+https://…" or a wheel; empty if it is installed.
+FOLDER = ""  # @param {type:"string"}
+# ↑ where to keep checkpoints; empty for your Google Drive on Colab, or "runs/notebook" elsewhere.
+FLOAT_STEPS = 1500  # @param {type:"integer"}
+STEPS = 1000  # @param {type:"integer"}
+
+# %% [markdown]
+# ## 1. Install
+# A `jax` that the runtime brought, with its TPU or GPU parts, stays as it is if it is new enough.
+
+# %%
+import importlib.metadata
+import importlib.util
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+if importlib.util.find_spec("ssvq_jax") is None:
+    if not SOURCE:
+        raise ValueError("set SOURCE above to the git URL (git+https://…) or wheel of ssvq_jax")
+    have = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    kept = [f"{name}=={have[name]}" for name in ("jax", "jaxlib") if name in have]
+    constraints = pathlib.Path(tempfile.mkdtemp()) / "constraints.txt"
+    constraints.write_text("\n".join(kept))
+    install = [sys.executable, "-m", "pip", "install", "-q", SOURCE]
+    if subprocess.run([*install, "-c", str(constraints)], check=False).returncode:
+        print(f"{kept} is too old for ssvq_jax: installing a newer one; restart the runtime")
+        subprocess.run(install, check=True)
+
+# %%
+import jax
+
+print(f"jax {jax.__version__} on {jax.local_device_count()} x {jax.devices()[0].device_kind}")
+on_colab = "google.colab" in sys.modules
+if not FOLDER and on_colab:
+    from google.colab import drive  # pyright: ignore[reportMissingImports]
+
+    drive.mount("/content/drive")
+folder = pathlib.Path(FOLDER or ("/content/drive/MyDrive/ssvq" if on_colab else "runs/notebook"))
+
+# %% [markdown]
+# ## 2. Data and model
+# Here: 5,000 MNIST digits that come with the installation. `ImageData("cifar10", augment="cifar")`
+# takes any classification set of TensorFlow Datasets, `ImageData("path/to/folder", image_size=64)`
+# your own images, a sub-folder for each class. The model is any `flax.linen` module.
+
+# %%
+import flax.linen as nn
+import jax.numpy as jnp
+
+import ssvq_jax as ssvq
+from ssvq_jax.data import ImageData
+
+digits = ImageData("mnist_digits_5k", augment="digits")
+
+
+class Net(nn.Module):
+    """A small convolutional network."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies images."""
+        for i, features in enumerate((32, 64, 128)):
+            x = nn.Conv(features, (3, 3), strides=2, use_bias=False, name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f"norm{i}")(x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+model = Net()
+variables = model.init(jax.random.key(0), jnp.zeros((1, *digits.image_shape("train"))))
+params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+
+# %% [markdown]
+# ## 3. Train it (skip this if you bring weights)
+# Everything is saved in `folder`: run the cell again after an interruption and it goes on.
+
+# %%
+from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.finetune import RunOptions, Task, finetune
+from ssvq_jax.training.layout import local_layout
+from ssvq_jax.training.metrics import MetricsFile
+from ssvq_jax.training.optimizer import OptimizerConfig
+from ssvq_jax.training.step import linen_forward
+
+layout = local_layout()  # all devices; they share each batch
+batch = layout.devices * max(1, 64 // layout.devices)
+task = Task(
+    linen_forward(model),
+    lambda seed: digits.train("train", batch, seed=seed),
+    lambda: digits.evaluate("validation", 25 * layout.devices),
+)
+
+
+def run(name, plan, params, stats, steps, optimizer):  # noqa: ANN001, ANN201, D103
+    where = folder / name
+    where.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(where / "checkpoints") as checkpoints:
+        return finetune(
+            task,
+            plan,
+            params,
+            key=jax.random.key(0),
+            seed=0,
+            steps=steps,
+            optimizer=optimizer,
+            name=name,
+            model_state=stats,
+            metrics=MetricsFile(where / "metrics.jsonl"),
+            checkpoints=checkpoints,
+            options=RunOptions(layout=layout, batch_norm_batches=20),
+        )
+
+
+nothing = ssvq.make_plan(params, [(".*", None)])
+trained = run(
+    "float", nothing, params, stats, FLOAT_STEPS, OptimizerConfig(dense=3e-3, freeze=None)
+)
+print(f"float model: {100 * trained.after.accuracy:.2f} % on validation data")
+
+# %% [markdown]
+# ## 4. Compress it
+# Say what to do with which weights, look at what that stores, fine-tune.
+
+# %%
+plan = ssvq.make_plan(
+    params,
+    [
+        ("conv0/kernel|head/kernel", ssvq.Uniform(bits=8)),  # small and sensitive: 8 bits
+        ("conv./kernel", ssvq.SignSplit(codewords=16, dim=8)),  # codes, a sign a weight
+        (".*", None),  # norms and biases stay
+    ],
+)
+print(plan)
+small = run(
+    "ssvq",
+    plan,
+    trained.packed.params,
+    trained.state.model_state,
+    STEPS,
+    OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3),
+)
+stages = {"float": trained.after, "compressed": small.before, "fine-tuned": small.after}
+print(", ".join(f"{name} {100 * found.accuracy:.2f} %" for name, found in stages.items()))
+
+# %% [markdown]
+# ## 5. Look at it
+
+# %%
+import IPython.display
+
+from ssvq_jax.report import plot_accuracy, plot_signs
+
+plot_accuracy({"float": trained.records, "ssvq": small.records}, folder / "accuracy.png")
+plot_signs({"ssvq": small.records}, folder / "signs.png")
+for name in ("accuracy.png", "signs.png"):
+    IPython.display.display(IPython.display.Image(folder / name))
+
+# %% [markdown]
+# ## 6. Cut off? Go on
+# The same call reads the last checkpoint and goes on from it; a finished run is read back. The
+# arrays are those of a run that was never stopped, to the bit. `packed.decode()` gives plain
+# parameters for any use.
+
+# %%
+again = run(
+    "ssvq",
+    plan,
+    trained.packed.params,
+    trained.state.model_state,
+    STEPS,
+    OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3),
+)
+assert again.after == small.after
+weights = again.packed.decode()
+logits = model.apply(
+    {"params": weights, **again.state.model_state}, jnp.zeros((1, *digits.image_shape("train")))
+)
+print(f"{plan.bits().stored_bytes:,} bytes stored; logits {logits.shape}")

@@ -1,0 +1,95 @@
+"""``ssvq compress``: post-training compression, without any training."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ssvq_jax.cli.options import FolderOptions, ModelOptions, to_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressCommand(FolderOptions, ModelOptions):
+    """Compress a trained model, and see what that costs before any fine-tuning.
+
+    `ssvq finetune --weights OUT` goes on from what is written.
+    """
+
+    weights: Path | None = None
+    """A run of `ssvq train`, an orbax checkpoint or a msgpack file; by default the weights that the
+    model comes with."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
+    """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file."""
+    batch_norm_batches: int = 0
+    """Training batches over which batch statistics are re-estimated for the compressed weights."""
+    devices: int | None = None
+    """How many of the local devices to use; by default all."""
+
+    def run(self) -> None:
+        """Compresses, and writes everything."""
+        import jax
+
+        from ssvq_jax.analysis import leaf_reports
+        from ssvq_jax.cli.run_folder import RunFolder
+        from ssvq_jax.cli.session import RUN, summary
+        from ssvq_jax.cli.setup import (
+            make_task,
+            open_images,
+            open_model,
+            open_plan,
+            open_weights,
+            run_config,
+        )
+        from ssvq_jax.report import plot_analysis, print_bits, print_outcome, provenance
+        from ssvq_jax.training.finetune import RunOptions, finetune
+        from ssvq_jax.training.layout import local_layout
+        from ssvq_jax.training.optimizer import OptimizerConfig
+        from ssvq_jax.training.step import make_evaluate
+
+        command = self.inherit(run_config(self.weights))
+        command.check()
+        images = open_images(command, open_model(command, None).image_size)
+        model = open_model(command, images.source.num_classes(images.train))
+        weights = open_weights(command.weights, model, images.source.image_shape(images.train))
+        if weights.plan is not None:
+            raise ValueError(f"{command.weights} is compressed already: give float weights")
+        plan = open_plan(command.recipe, weights)
+        recipe = plan.to_json()["recipe"]
+        config = to_json(command, "compress", weights=weights.origin, recipe=recipe)
+        layout = local_layout(command.devices)
+        folder = RunFolder(command.out, config, resume=command.resume)
+        task = make_task(model, images, command.batch_size, devices=layout.devices)
+        with folder.checkpoints(RUN, 0.0) as checkpoints:
+            done = finetune(
+                task,
+                plan,
+                weights.params,
+                key=jax.random.key(command.seed),
+                seed=command.seed,
+                steps=0,
+                optimizer=OptimizerConfig(),
+                name="compress",
+                model_state=weights.model_state,
+                checkpoints=checkpoints,
+                options=RunOptions(batch_norm_batches=command.batch_norm_batches, layout=layout),
+            )
+        evaluate = make_evaluate(task.forward, layout)
+        floating = evaluate(weights.params, weights.model_state, task.eval_batches())
+        leaves = leaf_reports(plan, weights.params, done.state.variables)
+        results = {
+            "config": folder.config,
+            **provenance(),
+            "eval_split": images.held_out,
+            "float": floating._asdict(),
+            **summary(plan, done),
+            "leaves": [dataclasses.asdict(leaf) for leaf in leaves],
+        }
+        folder.metrics.resume("compress", -1)
+        folder.metrics.append({"run": "compress", "step": 0, **done.after._asdict()})
+        folder.write("plan.json", plan.to_json())
+        folder.write("results.json", results)
+        plot_analysis(leaves, (), folder.path / "leaves.png")
+        print_bits(f"{model.name} with {command.recipe}", plan.bits())
+        print_outcome("compressed", results)
+        print(f"results, pictures and checkpoints are in {command.out}")

@@ -1,0 +1,113 @@
+"""Options that several commands have."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+Self = TypeVar("Self", bound="ModelOptions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and which images. What is left out is that of the run in ``weights``."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_MODULE:FUNCTION")] = None
+    """Model from the registry (deit_tiny), or module:function of your own code, which returns a
+    flax.linen module, or (module, variables)."""
+    classes: int | None = None
+    """Number of classes; by default the data set's."""
+    scan: bool | None = None
+    """Stack the blocks of a registry's model for a scan."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FOLDER")] = None
+    """TensorFlow Datasets name (cifar10, imagenet2012, mnist_digits_5k, ...), or a folder of images
+    with a sub-folder for each class."""
+    data_dir: Path | None = None
+    """Where TensorFlow Datasets' sets are; by default its own folder."""
+    image_size: int | None = None
+    """Height and width to crop images to; by default the model's, else the data set's own."""
+    normalization: str | None = None
+    """Mean and deviation of the pixels: auto, mnist, cifar10, imagenet, half or unit."""
+    train_split: str | None = None
+    """Split to train on; by default train, or its first nine tenths."""
+    eval_split: str | None = None
+    """Split to judge by; by default validation, or the last tenth of train. Keep the test split
+    for `ssvq eval`."""
+    batch_size: int = 64
+    """Images a training step."""
+    workers: int = 0
+    """Processes that load images; 0 for a thread. The batches are the same."""
+    seed: int = 0
+    """Decides initial weights, clustering, and the order and augmentation of the data."""
+
+    def inherit(self: Self, run: Mapping[str, Any] | None) -> Self:
+        """Takes what was left out from the configuration of another run."""
+        run = run or {}
+        names = [field.name for field in dataclasses.fields(ModelOptions) if field.default is None]
+        values = {name: run[name] for name in names if getattr(self, name) is None and name in run}
+        if values.get("data_dir") is not None:
+            values["data_dir"] = Path(values["data_dir"])
+        return dataclasses.replace(self, **values)
+
+    def check(self) -> None:
+        """Raises ValueError for what is missing or out of range."""
+        if self.model is None:
+            raise ValueError(
+                "no model: give --model NAME, --model module:function, or --weights with the "
+                "folder of a run that has one"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: give at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: give 0 to 2**31 - 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Where a run is kept."""
+
+    out: Path
+    """Folder for config.json, metrics.jsonl, results.json, pictures and checkpoints."""
+    resume: bool = True
+    """Go on with the run in the folder; --no-resume deletes it and starts over."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(FolderOptions):
+    """How a training run is carried out."""
+
+    augment: str = "none"
+    """Augmentation of training images: none, digits, cifar or imagenet."""
+    validate_every: int | None = None
+    """Steps between two validations; by default a tenth of the run. The best is kept."""
+    save_seconds: float = 60.0
+    """Least time between two checkpoints."""
+    batch_norm_batches: int = 0
+    """Training batches over which batch statistics are re-estimated before every evaluation."""
+    devices: int | None = None
+    """How many of the local devices to use; by default all. They share each batch."""
+    shard_state: bool = False
+    """Cut parameters and optimizer state over the devices, too."""
+    remat: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+
+    def check_training(self, steps: int) -> None:
+        """Raises ValueError for what is out of range."""
+        if steps < 1:
+            raise ValueError(f"steps={steps}: give at least 1 (`ssvq compress` does not train)")
+        if self.validate_every is not None and self.validate_every < 1:
+            raise ValueError(f"validate_every={self.validate_every}: give at least 1")
+
+
+def to_json(command: Any, name: str, **changes: Any) -> dict[str, Any]:
+    """A command's options as JSON values, for its run folder.
+
+    Args:
+        command: the record of options.
+        name: the command's name.
+        changes: what the options were resolved to.
+    """
+    config = {"command": name, **dataclasses.asdict(command), **changes}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}

@@ -1,0 +1,130 @@
+"""One run of a training command: carried out, written down, shown."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ssvq_jax.cli.options import TrainingOptions
+from ssvq_jax.cli.run_folder import RunFolder
+from ssvq_jax.cli.setup import Images, Weights, make_task
+
+if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.models import LoadedModel
+    from ssvq_jax.plan import Plan
+    from ssvq_jax.training.finetune import Finetuned
+    from ssvq_jax.training.optimizer import OptimizerConfig
+
+RUN = "model"  # name of a folder's only run
+
+
+def carry_out(
+    options: TrainingOptions,
+    config: Mapping[str, Any],
+    model: "LoadedModel",
+    images: Images,
+    weights: Weights,
+    plan: "Plan",
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    optimizer: "OptimizerConfig",
+    label: str,
+) -> dict[str, Any]:
+    """Trains from where the folder's checkpoints are, and writes the results.
+
+    Args:
+        options: how to.
+        config: what the run was asked for, kept in its folder.
+        model: the model.
+        images: the data.
+        weights: where to begin.
+        plan: what is compressed.
+        steps: batches to train on.
+        batch_size: images a batch.
+        seed: of everything.
+        optimizer: rates and freezing.
+        label: name of the run in its metrics and pictures.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ValueError: for options out of range, or a checkpoint of another run.
+    """
+    import jax
+
+    from ssvq_jax.report import plot_accuracy, plot_signs, provenance
+    from ssvq_jax.training.finetune import RunOptions, finetune
+    from ssvq_jax.training.layout import local_layout
+    from ssvq_jax.training.optimizer import make_optimizer
+
+    layout = local_layout(options.devices, shard_state=options.shard_state)
+    layout.check_batch(batch_size)
+    make_optimizer(plan, steps, optimizer)  # what it refuses, it refuses before there is a folder
+    folder = RunFolder(options.out, config, resume=options.resume)
+    task = make_task(model, images, batch_size, devices=layout.devices, remat=options.remat)
+    with folder.checkpoints(RUN, options.save_seconds) as checkpoints:
+        if checkpoints.last:
+            print(f"resuming {folder.path} at step {checkpoints.last} of {steps}")
+        done = finetune(
+            task,
+            plan,
+            weights.params,
+            key=jax.random.key(seed),
+            seed=seed,
+            steps=steps,
+            optimizer=optimizer,
+            name=label,
+            model_state=weights.model_state,
+            variables=weights.variables,
+            metrics=folder.metrics,
+            checkpoints=checkpoints,
+            options=RunOptions(
+                validate_every=options.validate_every or max(steps // 10, 1),
+                batch_norm_batches=options.batch_norm_batches,
+                remat=options.remat,
+                layout=layout,
+            ),
+        )
+        best = checkpoints.best
+    results = {
+        "config": folder.config,
+        **provenance(),
+        "train_split": images.train,
+        "eval_split": images.held_out,
+        "steps": steps,
+        "optimizer": dataclasses.asdict(optimizer),
+        "before": done.before._asdict(),
+        **summary(plan, done),
+        "best_step": best,
+    }
+    folder.write("plan.json", plan.to_json())
+    folder.write("results.json", results)
+    histories = {label: done.records}
+    plot_accuracy(histories, folder.path / "accuracy.png")
+    if plan.entries:
+        plot_signs(histories, folder.path / "signs.png")
+    return results
+
+
+def summary(plan: "Plan", done: "Finetuned") -> dict[str, Any]:
+    """Figures of a finished run."""
+    last = done.records[-1] if done.records else {}
+    return {
+        **sizes(plan),
+        "after": done.after._asdict(),
+        "signs": {key: last[key] for key in ("flipped", "frozen") if key in last},
+        "seconds": sum(done.seconds.values()),
+        "seconds_by_part": done.seconds,
+    }
+
+
+def sizes(plan: "Plan") -> dict[str, Any]:
+    """What a plan stores."""
+    bits = plan.bits()
+    figures: dict[str, Any] = {"file_ratio": bits.file_ratio, "stored_bytes": bits.stored_bytes}
+    if plan.entries:
+        figures["bits_per_weight"] = bits.main.bits_per_weight
+        figures["compression_ratio"] = bits.main.compression_ratio
+    return figures

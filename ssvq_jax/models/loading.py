@@ -1,0 +1,141 @@
+"""Models by registry name or from a user's own module, and what they are before any weights."""
+
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from ssvq_jax.models.registry import CONFIGS, create
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A linen module that classifies images.
+
+    Attributes:
+        name: what it was asked for by.
+        module: called with images ``[b, h, w, c]``, and with ``train=`` if its call takes that.
+        variables: trained variables that came with it, ``{"params": ..., ...}``, or None.
+        image_size: height and width of its images, if it says so (``module.config.image_size``).
+    """
+
+    name: str
+    module: nn.Module
+    variables: Mapping[str, Any] | None = None
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of the images it is made for, if it says so."""
+        return getattr(getattr(self.module, "config", None), "image_size", None)
+
+    def init(self, key: Key[Array, ""], image_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """Initial variables: ``params``, and other collections if the model has them.
+
+        Args:
+            key: typed PRNG key.
+            image_shape: ``(h, w, c)``.
+
+        Raises:
+            ValueError: if the model cannot be called with such images.
+        """
+        signature = inspect.signature(type(self.module).__call__)
+        train: dict[str, Any] = {"train": False} if "train" in signature.parameters else {}
+        images = jnp.zeros((1, *image_shape))
+        try:
+            return dict(jax.jit(lambda k: self.module.init(k, images, **train))(key))
+        except Exception as error:
+            shape = ", ".join(map(str, image_shape))
+            raise ValueError(
+                f"model '{self.name}' cannot be called with images [b, {shape}] "
+                f"({_reason(error)}): give the image size it is made for, or check its call"
+            ) from error
+
+    def shapes(self, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """Shapes of the variables, without computing any.
+
+        Raises:
+            ValueError: as `init`.
+        """
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), image_shape))
+
+
+def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> LoadedModel:
+    """Finds a model.
+
+    Args:
+        name: a key of the registry (``deit_tiny``), or ``module:function``: the function, called
+            without arguments (or with ``classes`` if it takes that), returns a linen module, or a
+            pair of module and trained variables. The module is looked for in the working folder
+            and among what is installed.
+        classes: number of classes, if not the model's own.
+        scan: scan over stacked blocks; for models of the registry.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if there is no such model, or the function returns something else.
+
+    Example:
+        >>> load_model("deit_tiny").image_size
+        224
+    """
+    if ":" not in name:
+        if name not in CONFIGS:
+            raise ValueError(
+                f"model '{name}' is unknown: choose one of {sorted(CONFIGS)}, or give your own as "
+                "module:function"
+            )
+        return LoadedModel(name, create(name, classes=classes, scan=scan))
+    if scan:
+        raise ValueError(f"scan is for models of the registry; let '{name}' build its own scan")
+    function = _find(name)
+    try:
+        takes_classes = "classes" in inspect.signature(function).parameters
+        made = function(classes=classes) if takes_classes and classes is not None else function()
+    except Exception as error:
+        raise ValueError(f"model '{name}': the function failed ({_reason(error)})") from error
+    if isinstance(made, nn.Module):
+        return LoadedModel(name, made)
+    match made:
+        case (nn.Module() as module, Mapping() as variables) if "params" in variables:
+            return LoadedModel(name, module, variables)
+    raise ValueError(
+        f"model '{name}' gave a {type(made).__name__}: return a flax.linen Module, or "
+        "(module, variables) with variables['params']"
+    )
+
+
+def _find(name: str) -> Any:
+    module_name, _, function_name = name.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # a console command does not look there by itself
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"model '{name}': the module '{module_name}' cannot be imported from {folder} or the "
+            f"installed packages ({_reason(error)})"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"model '{name}': {module_name} has no function '{function_name}'; it has {names}"
+        )
+    return function
+
+
+def _reason(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,98 @@
+"""Trained weights from files: Flax msgpack files and orbax checkpoints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssvq_jax.models.loading import LoadedModel
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """Reads the variables of a model.
+
+    Args:
+        path: a file that `flax.serialization.to_bytes` wrote, or the folder of an orbax checkpoint;
+            either of the variables (``{"params": ...}``), of a training state with ``params``, or
+            of the bare parameters.
+
+    Returns:
+        The variables, ``params`` among them, as nested dictionaries.
+
+    Raises:
+        ValueError: if there is nothing at ``path``, or it cannot be read.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"no weights at {path}: give a run's folder, an orbax checkpoint or a file"
+        )
+    try:
+        tree = _read_orbax(path) if path.is_dir() else _read_msgpack(path)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the weights in {path} cannot be read ({reason}): give a run's folder, an orbax "
+            "checkpoint or a file of flax.serialization.to_bytes"
+        ) from error
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} holds a {type(tree).__name__}, not a tree of parameters")
+    if "params" not in tree:
+        return {"params": tree}
+    collections = ("params", "batch_stats")
+    return {name: tree[name] for name in collections if tree.get(name) is not None}
+
+
+def fit_weights(
+    model: LoadedModel, variables: Mapping[str, Any], shapes: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Checks weights against a model, and gives them its structure.
+
+    Args:
+        model: the model, for messages.
+        variables: what was found.
+        shapes: what the model has, from `LoadedModel.shapes`.
+        source: where the weights are from, for messages.
+
+    Returns:
+        The variables as the model has them; dtypes are those of the weights.
+
+    Raises:
+        ValueError: naming the first leaf that is missing, too many, or of another shape.
+    """
+    found = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    leaves = []
+    for path, wanted in jax.tree_util.tree_leaves_with_path(shapes):
+        leaf = found.pop(_path(path), None)
+        where = f"'{_path(path)}' of model '{model.name}'"
+        if leaf is None:
+            raise ValueError(f"{source} has no leaf {where}: these are weights of another model")
+        if tuple(leaf.shape) != tuple(wanted.shape):
+            raise ValueError(
+                f"{source}: leaf {where} is {list(leaf.shape)} there, and the model has "
+                f"{list(wanted.shape)}: check classes and image size"
+            )
+        leaves.append(jnp.asarray(leaf))
+    if found:
+        raise ValueError(
+            f"{source} has {len(found)} leaves that model '{model.name}' has not, e.g. "
+            f"'{min(found)}': these are weights of another model"
+        )
+    return dict(jax.tree.unflatten(jax.tree.structure(shapes), leaves))
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _read_msgpack(file: Path) -> Any:
+    from flax import serialization
+
+    return serialization.msgpack_restore(file.read_bytes())
+
+
+def _read_orbax(folder: Path) -> Any:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    return ocp.load(str(folder.absolute()))

@@ -1,0 +1,354 @@
+"""Checkpoints of a run: written in the background, atomic, exact (orbax).
+
+A checkpoint holds every leaf of the training state under its leaf path, and beside the arrays, as
+JSON: a format version, the plan, the position in the training data, and notes of the run. Orbax
+renames a finished folder into place, so one that is being written never looks like a checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ssvq_jax.plan import Plan
+from ssvq_jax.tree import PyTree, leaves_by_path
+
+FORMAT = 1
+SAVE_SECONDS = 60.0
+_STATE = "state"
+_METRIC = "loss"
+
+Which = Literal["last", "best"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back.
+
+    Attributes:
+        state: the training state, to the bit as it was saved.
+        data: position in the training data, as the batch iterator gave it.
+        notes: the run's own remarks.
+    """
+
+    state: Any
+    data: dict[str, Any]
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder; keeps the last, and the best by validation loss.
+
+    Writing goes on in the background; an error of it is raised by the next call. Use it as a
+    context manager, so that the last write is waited for.
+
+    Args:
+        folder: where checkpoints are; made if it does not exist.
+        seconds: least time between two that are not forced.
+
+    Example:
+        >>> import tempfile
+        >>> from ssvq_jax import make_plan
+        >>> state = {"step": jnp.int32(3), "params": {"bias": jnp.ones(2)}}
+        >>> plan = make_plan(state["params"], [(".*", None)])
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
+        ...     checkpoints.save(3, state, plan, data={"batches": 3}, notes={"name": "demo"})
+        ...     checkpoints.wait()
+        ...     restored = checkpoints.restore(state, plan)
+        >>> restored.state["params"]["bias"].tolist(), restored.data
+        ([1.0, 1.0], {'batches': 3})
+    """
+
+    def __init__(self, folder: Path, *, seconds: float = SAVE_SECONDS) -> None:
+        if not seconds >= 0:
+            raise ValueError(f"save_seconds={seconds}: give 0 or more seconds between checkpoints")
+        # Here, since importing orbax is slow.
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        saving, keeping = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        self.folder = folder
+        self._writing: Any = None
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True  # which leaves must be there is checked here
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._checkpointer = ocp.training.Checkpointer(
+                str(folder.absolute()),
+                context=context,
+                save_decision_policy=saving.ContinuousCheckpointingPolicy(
+                    # Typed int in orbax, which makes a timedelta of it.
+                    minimum_interval_secs=seconds  # pyright: ignore[reportArgumentType]
+                ),
+                preservation_policy=keeping.AnyPreservationPolicy(
+                    [
+                        keeping.LatestN(1),
+                        keeping.BestN(
+                            get_metric_fn=lambda metrics: metrics[_METRIC],
+                            reverse=True,  # the least loss is the best
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,  # what an interrupt left
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"no checkpoints can be kept in {folder} ({_reason(error)}): give another folder"
+            ) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            with contextlib.suppress(Exception):  # says again what waiting for the write said
+                self._checkpointer.close()
+
+    @property
+    def last(self) -> int | None:
+        """Step of the newest checkpoint; None if there is none."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the least validation loss; None if none was validated."""
+        losses: list[tuple[Any, int]] = [
+            (found.metrics[_METRIC], found.step)
+            for found in self._checkpointer.checkpoints
+            if isinstance(found.metrics, Mapping) and _METRIC in found.metrics
+        ]
+        return min(losses)[1] if losses else None
+
+    def due(self, step: int) -> bool:
+        """Whether the interval is over and no write is going on."""
+        return self._checkpointer.should_save(step)
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        plan: Plan,
+        *,
+        data: Mapping[str, Any],
+        notes: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Begins to write a checkpoint; returns when the state may change again.
+
+        Args:
+            step: number of training steps made; later than that of any other.
+            state: any tree of arrays.
+            plan: kept with it, so that it is not mistaken for another's.
+            data: position of the batch iterator, as JSON values.
+            notes: what else is to be found on resuming, as JSON values.
+            loss: on validation data; the least so far is kept as the best.
+
+        Raises:
+            OSError: if this or the previous checkpoint could not be written.
+        """
+        metadata = {"format": FORMAT, "plan": _plain(plan), "data": data, "notes": notes}
+        try:
+            self._writing = self._checkpointer.save_checkpointables_async(
+                step,
+                {_STATE: _leaves(state)},
+                force=True,
+                metrics=None if loss is None else {_METRIC: loss},
+                custom_metadata=json.loads(json.dumps(metadata)),
+            )
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def restore(
+        self, template: PyTree, plan: Plan, which: Which = "last", *, partial: bool = False
+    ) -> Restored:
+        """Reads a checkpoint.
+
+        Args:
+            template: the state as it will be: arrays or ``jax.ShapeDtypeStruct`` leaves; where
+                these name a sharding, leaves are placed so, whatever devices wrote them.
+            plan: of the run that goes on.
+            which: the last or the best.
+            partial: read the leaves of the template only, though more were saved.
+
+        Returns:
+            The state and what was saved with it.
+
+        Raises:
+            ValueError: if there is none, or it is of another plan, format, shape or dtype.
+        """
+        step = self._step(which)
+        metadata = self._metadata(step)
+        _check_plan(self._name(step), metadata["plan"], _plain(plan))
+        state = self._load(step, template, partial)
+        return Restored(state, metadata["data"], metadata["notes"])
+
+    def plan(self, which: Which = "last") -> Plan:
+        """The plan that a checkpoint was saved with.
+
+        Raises:
+            ValueError: if there is none, or it is of another format.
+        """
+        return Plan.from_json(self._metadata(self._step(which))["plan"])
+
+    def _step(self, which: Which) -> int:
+        step = self.last if which == "last" else self.best
+        if step is None:
+            hint = (
+                "was no validation loss saved? Take 'last'" if which == "best" else "is it a run?"
+            )
+            raise ValueError(f"{self.folder} holds no {which} checkpoint: {hint}")
+        return step
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        try:
+            metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if not isinstance(metadata, Mapping) or "format" not in metadata:
+            raise ValueError(
+                f"{self._name(step)} is no checkpoint of ssvq_jax: give another folder"
+            )
+        if metadata["format"] != FORMAT:
+            raise ValueError(
+                f"{self._name(step)} has format {metadata['format']}, this version reads {FORMAT}: "
+                "install the version of ssvq_jax that wrote it"
+            )
+        return dict(metadata)
+
+    def _load(self, step: int, template: PyTree, partial: bool) -> PyTree:
+        wanted = {name: _abstract(leaf) for name, leaf in _leaves(template).items()}
+        try:
+            stored = dict(self._checkpointer.checkpointables_metadata(step).metadata[_STATE])
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        for name, leaf in wanted.items():
+            _check_leaf(self._name(step), name, leaf, stored.get(name))
+        extra = sorted(set(stored) - set(wanted))
+        if extra and not partial:
+            raise ValueError(
+                f"{self._name(step)} holds {len(extra)} leaves that this run does not have, e.g. "
+                f"'{_unescape(extra[0])}': it was saved with another model or optimizer"
+            )
+        try:
+            found = self._checkpointer.load_checkpointables(step, {_STATE: wanted})[_STATE]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return _fill(template, found)
+
+    def _name(self, step: int) -> str:
+        return f"checkpoint {self.folder / str(step)}"
+
+    def _damaged(self, step: int, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self._name(step)} cannot be read, or is damaged ({_reason(error)}): delete that "
+            "folder to go on from the one before, or start over with --no-resume"
+        )
+
+    def _not_written(self, error: Exception) -> OSError:
+        # Orbax counts the one that failed; on disk only finished ones have a number for a name.
+        steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        last = f"the last good one is {max(steps)}" if steps else "there is none yet"
+        return OSError(
+            f"a checkpoint could not be written to {self.folder} ({_reason(error)}); {last}: make "
+            "room on the disk and run the same command again"
+        )
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by name; orbax cannot store empty ones, and reads a dot in a name as a level."""
+    return {
+        path.replace("%", "%25").replace(".", "%2E"): leaf
+        for path, leaf in leaves_by_path(tree).items()
+        if leaf.size
+    }
+
+
+def _unescape(name: str) -> str:
+    return name.replace("%2E", ".").replace("%25", "%")
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of a leaf."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _fill(template: PyTree, found: Mapping[str, Any]) -> PyTree:
+    """Puts what was read in the place of a template's leaves."""
+    read = iter(found[name] for name in _leaves(template))
+    return jax.tree.map(
+        lambda leaf: next(read) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype), template
+    )
+
+
+def _check_leaf(checkpoint: str, name: str, wanted: jax.ShapeDtypeStruct, stored: Any) -> None:
+    """Orbax would cast and cut silently."""
+    if stored is None:
+        raise ValueError(
+            f"{checkpoint} lacks the leaf '{_unescape(name)}': it was saved with another model or "
+            "optimizer"
+        )
+    if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key):  # stored as its words
+        wanted = jax.eval_shape(jax.random.key_data, wanted)
+    there, here = (f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for x in (stored, wanted))
+    if there != here:
+        raise ValueError(
+            f"{checkpoint}: leaf '{_unescape(name)}' is {there} there and {here} in this run: "
+            "resume with the options it was saved with"
+        )
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(plan.to_json()))
+
+
+def _check_plan(checkpoint: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if stored == wanted:
+        return
+    if stored.get("recipe") != wanted["recipe"]:
+        what = f"the recipe {stored.get('recipe')}, this run {wanted['recipe']}"
+    else:
+        there, here = ({leaf["path"]: leaf for leaf in x["leaves"]} for x in (stored, wanted))
+        path = next(path for path in [*there, *here] if there.get(path) != here.get(path))
+        what = f"for leaf '{path}' {there.get(path)}, this run {here.get(path)}"
+    raise ValueError(f"{checkpoint} is of another plan: it has {what}; resume with the same recipe")
+
+
+def _reason(error: BaseException) -> str:
+    """First line of an error's text, not too long."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

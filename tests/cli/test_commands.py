@@ -1,0 +1,230 @@
+"""The commands together, as a user has them: an own model, an own folder of images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssvq_jax.cli.main import main
+
+MODEL = """
+import flax.linen as nn
+
+class Net(nn.Module):
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(16, (3, 3), strides=2, use_bias=False, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.8, name="norm")(x))
+        x = nn.relu(nn.Dense(32, name="hidden")(x.mean((1, 2))))
+        return nn.Dense(self.classes, name="head")(x)
+
+def net(classes=3):
+    return Net(classes)
+"""
+RECIPE = {
+    "format": 1,
+    "rules": [
+        {"pattern": "conv/kernel", "quantizer": {"method": "uniform", "bits": 8}},
+        {
+            "pattern": "(hidden|head)/kernel",
+            "quantizer": {"method": "sign_split", "codewords": 4, "dim": 4, "pad": True},
+        },
+        {"pattern": ".*", "quantizer": None},
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def users_promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A working folder with a model, a recipe and pictures in which one colour is the brightest."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "own_model.py").write_text(MODEL)
+    (root / "recipe.json").write_text(json.dumps(RECIPE))
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("validation", 16), ("test", 16)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            folder = root / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 120, (12, 12, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def ssvq(project, monkeypatch, capsys):
+    """Runs a command in the working folder; returns what it printed."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(*arguments):
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+IMAGES = ["--model", "own_model:net", "--data", "./pictures", "--batch-size", "16"]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(project):
+    """A run of `ssvq train`, made once."""
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            main(["train", *IMAGES, "--out", "runs/float", "--steps", "60", "--learning-rate",
+                  "0.02", "--augment", "cifar"])  # fmt: skip
+    finally:
+        os.chdir(before)
+    return project / "runs" / "float"
+
+
+def test_train_writes_everything(trained):
+    found = results(trained)
+    assert found["after"]["accuracy"] > 0.9
+    assert found["after"]["examples"] == 48
+    assert found["eval_split"] == "validation"
+    assert found["best_step"] in range(6, 61, 6)
+    assert {"config", "versions", "commit", "seconds", "before"} <= set(found)
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines if "validation_loss" in x] == list(range(6, 61, 6))
+    assert (trained / "accuracy.png").stat().st_size > 0
+
+
+def test_compress_finetune_eval_analyze(trained, ssvq, project):
+    printed = ssvq("compress", "--weights", trained, "--recipe", "recipe.json",
+                   "--batch-norm-batches", "4", "--out", "runs/small")  # fmt: skip
+    small = results(project / "runs/small")
+    assert small["float"]["accuracy"] == results(trained)["after"]["accuracy"]
+    assert small["after"]["loss"] > small["float"]["loss"]
+    assert f"{small['bits_per_weight']:.3f} bits" in printed
+    assert {leaf["path"] for leaf in small["leaves"]} == {
+        "conv/kernel", "hidden/kernel", "head/kernel",
+    }  # fmt: skip
+    tuned_options = ["finetune", "--weights", "runs/small", "--out", "runs/tuned", "--steps", "40",
+                     "--optimizer.dense", "1e-2", "--optimizer.codebook", "1e-2"]  # fmt: skip
+    ssvq(*tuned_options)
+    tuned = results(project / "runs/tuned")
+    # It begins where compress ended, to the bit.
+    assert tuned["before"]["accuracy"] == small["after"]["accuracy"]
+    assert tuned["after"]["loss"] < small["after"]["loss"]
+    assert tuned["bits_per_weight"] == small["bits_per_weight"]
+    assert tuned["config"]["model"] == "own_model:net"
+    assert (project / "runs/tuned/signs.png").exists()
+
+    printed = ssvq("eval", "--weights", "runs/tuned", "--split", "validation")
+    again = json.loads((project / "runs/tuned/eval-validation-last.json").read_text())
+    assert again["after"]["accuracy"] == tuned["after"]["accuracy"]
+    assert again["after"]["loss"] == pytest.approx(tuned["after"]["loss"], rel=1e-6)
+    ssvq("eval", "--weights", "runs/tuned", "--which", "best", "--split", "test")
+    best = json.loads((project / "runs/tuned/eval-test-best.json").read_text())
+    assert best["after"]["examples"] == 48
+    assert best["stored_bytes"] == tuned["stored_bytes"]
+
+    # A finished run is read back, and another configuration is refused.
+    ssvq(*tuned_options)
+    assert results(project / "runs/tuned")["after"] == tuned["after"]
+    with pytest.raises(SystemExit, match="steps: 40 there, 50 now"):
+        ssvq(*tuned_options, "--steps", "50")
+
+
+def test_analyze_tells_leaf_by_leaf_and_goes_on(trained, ssvq, project):
+    command = ["analyze", "--weights", trained, "--recipe", "recipe.json", "--out", "runs/look"]
+    printed = ssvq(*command)
+    assert "hidden/kernel" in printed
+    found = results(project / "runs/look")
+    rows = {row["path"]: row for row in found["sensitivities"] if row["scope"] == "leaf"}
+    assert set(rows) == {"conv/kernel", "hidden/kernel", "head/kernel"}
+    assert rows["hidden/kernel"]["loss_increase"] > rows["conv/kernel"]["loss_increase"]
+    assert (project / "runs/look/analysis.png").stat().st_size > 0
+    metrics = project / "runs/look/metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:2]) + lines[2][:10])  # cut off in the third row
+    ssvq(*command)
+    assert results(project / "runs/look")["sensitivities"] == found["sensitivities"]
+
+
+def test_a_terminated_run_saves_and_goes_on(trained, project):
+    program = "import sys; from ssvq_jax.cli.main import main; main(sys.argv[1:])"
+    arguments = ["finetune", "--weights", str(trained), "--recipe", "recipe.json", "--out",
+                 "runs/cut", "--steps", "3000", "--save-seconds", "3600"]  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, *arguments]
+    process = subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    metrics = project / "runs/cut/metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip() == "ssvq: interrupted; run the same command to go on"
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    saved = [int(x.name) for x in (project / "runs/cut/checkpoints/model").iterdir()]
+    assert max(saved) == last < 3000  # saved where it stopped, not an hour before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "runs/x"], "no model: give --model NAME"),
+        (["train", "--model", "own_model:net", "--out", "runs/x"], "no data: give --data"),
+        (["train", *IMAGES, "--out", "runs/x", "--steps", "0"], "steps=0: give at least 1"),
+        (["train", *IMAGES, "--out", "runs/x", "--augment", "loud"], "loud"),
+        (["train", *IMAGES, "--out", "runs/x", "--devices", "99"], "devices=99: there are"),
+        (
+            ["train", *IMAGES[:2], "--data", "./nowhere", "--out", "runs/x"],
+            "no image folder nowhere",
+        ),
+        (
+            ["train", *IMAGES[:2], "--data", "cifar10", "--data-dir", "empty", "--out", "runs/x"],
+            "no data set 'cifar10' in empty",
+        ),
+        (["compress", *IMAGES, "--out", "runs/x"], "comes without weights: give --weights"),
+        (["compress", *IMAGES, "--weights", "gone", "--out", "runs/x"], "no weights at gone"),
+        (["finetune", *IMAGES, "--weights", "runs/float", "--out", "runs/x"], "no recipe: give"),
+        (
+            ["finetune", "--weights", "runs/float", "--recipe", "ssvq-21x", "--out", "runs/x"],
+            "match no leaf",
+        ),
+        (["eval", "--weights", "runs/float", "--split", "trial"], "split 'trial'"),
+        (
+            ["eval", "--weights", "runs/float", "--model", "deit_digits", "--image-size", "28"],
+            "float is a run of another model: leaf 'conv/kernel'",
+        ),
+        (["analyze", *IMAGES, "--out", "runs/x", "--examples", "0"], "examples=0: give at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(trained, ssvq, project, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        ssvq(*arguments)
+    text = str(stop.value.code)
+    assert text.startswith("ssvq: error: ")
+    assert message in text
+    assert "\n" not in text
+    assert not (project / "runs/x").exists()

@@ -1,0 +1,67 @@
+"""The train step and decode lower for accelerators that this machine does not have.
+
+This is lowering to StableHLO with ``jax.export``: it shows that every operation has a rule for the
+platform. It compiles nothing, so it says nothing of memory, speed or the compiler's own limits.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ssvq_jax as ssvq
+from ssvq_jax.models import create, param_shapes
+from ssvq_jax.recipe import load_recipe
+from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
+from ssvq_jax.training.step import linen_forward, make_state, make_train_step
+
+RECIPES = ["ssvq-21x", "vq-21x", "uniform-2bit"]
+platforms = pytest.mark.parametrize("platform", ["tpu", "cuda"])
+
+
+@pytest.fixture(autouse=True)
+def users_promotion():
+    """Flax and optax mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def abstract(recipe):
+    """A plan of the digits model, and the shapes of its variables."""
+    shapes = param_shapes(create("deit_digits"))
+    plan = ssvq.make_plan(shapes, load_recipe(recipe))
+    return plan, jax.eval_shape(plan.init, jax.random.key(0), shapes)
+
+
+@platforms
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_train_step(recipe, platform):
+    plan, variables = abstract(recipe)
+    tx = make_optimizer(plan, 100, OptimizerConfig())  # with freezing, where there are signs
+    forward = linen_forward(create("deit_digits"))
+    state = jax.eval_shape(
+        lambda variables, key: make_state(forward, variables, tx, key),
+        variables, jax.random.key(0),
+    )  # fmt: skip
+    batch = {
+        "image": jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32),
+        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
+    }
+    exported = jax.export.export(make_train_step(plan), platforms=(platform,))(state, batch)
+    assert exported.platforms == (platform,)
+    next_state, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), next_state, state)
+    assert jax.tree.all(same)
+    signs = {"flipped", "frozen"} if recipe == "ssvq-21x" else set()
+    assert set(metrics) == {"loss", "accuracy"} | signs
+
+
+@platforms
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_decode(recipe, platform):
+    plan, variables = abstract(recipe)
+    exported = jax.export.export(jax.jit(plan.decode), platforms=(platform,))(variables)
+    assert exported.platforms == (platform,)
+    decoded = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    shapes = param_shapes(create("deit_digits"))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), decoded, shapes)
+    assert jax.tree.all(same)
