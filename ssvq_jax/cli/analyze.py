@@ -1,7 +1,6 @@
 """``ssvq analyze``: what a recipe does to every weight, before any fine-tuning."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -17,9 +16,6 @@ class AnalyzeCommand(FolderOptions, ModelOptions):
     were. Tells which weights want more bits, before you pay for fine-tuning.
     """
 
-    weights: Path | None = None
-    """A run of `ssvq train`, an orbax checkpoint or a msgpack file; by default the weights that the
-    model comes with."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
     """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file."""
     examples: int = 1024
@@ -40,24 +36,13 @@ class AnalyzeCommand(FolderOptions, ModelOptions):
 
         from ssvq_jax.analysis import Sensitivity, leaf_reports, loss_sensitivities
         from ssvq_jax.cli.run_folder import RunFolder
-        from ssvq_jax.cli.setup import (
-            EVAL_BATCH,
-            open_images,
-            open_model,
-            open_plan,
-            open_weights,
-            run_config,
-        )
+        from ssvq_jax.cli.setup import EVAL_BATCH, set_up
+        from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import plot_analysis, print_analysis, provenance
         from ssvq_jax.training.step import linen_forward
 
-        command = self.inherit(run_config(self.weights))
-        command.check()
-        images = open_images(command, open_model(command, None).image_size)
-        model = open_model(command, images.source.num_classes(images.train))
-        weights = open_weights(command.weights, model, images.source.image_shape(images.train))
-        if weights.plan is not None:
-            raise ValueError(f"{command.weights} is compressed already: give float weights")
+        setup = set_up(self, compressed=False)
+        command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         plan = open_plan(command.recipe, weights)
         recipe = plan.to_json()["recipe"]
         config = to_json(command, "analyze", weights=weights.origin, recipe=recipe)

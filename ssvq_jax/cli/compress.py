@@ -1,7 +1,6 @@
 """``ssvq compress``: post-training compression, without any training."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -16,9 +15,6 @@ class CompressCommand(FolderOptions, ModelOptions):
     `ssvq finetune --weights OUT` goes on from what is written.
     """
 
-    weights: Path | None = None
-    """A run of `ssvq train`, an orbax checkpoint or a msgpack file; by default the weights that the
-    model comes with."""
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
     """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file."""
     batch_norm_batches: int = 0
@@ -33,27 +29,16 @@ class CompressCommand(FolderOptions, ModelOptions):
         from ssvq_jax.analysis import leaf_reports
         from ssvq_jax.cli.run_folder import RunFolder
         from ssvq_jax.cli.session import RUN, summary
-        from ssvq_jax.cli.setup import (
-            make_task,
-            open_images,
-            open_model,
-            open_plan,
-            open_weights,
-            run_config,
-        )
+        from ssvq_jax.cli.setup import make_task, set_up
+        from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import plot_analysis, print_bits, print_outcome, provenance
         from ssvq_jax.training.finetune import RunOptions, finetune
         from ssvq_jax.training.layout import local_layout
         from ssvq_jax.training.optimizer import OptimizerConfig
         from ssvq_jax.training.step import make_evaluate
 
-        command = self.inherit(run_config(self.weights))
-        command.check()
-        images = open_images(command, open_model(command, None).image_size)
-        model = open_model(command, images.source.num_classes(images.train))
-        weights = open_weights(command.weights, model, images.source.image_shape(images.train))
-        if weights.plan is not None:
-            raise ValueError(f"{command.weights} is compressed already: give float weights")
+        setup = set_up(self, compressed=False)
+        command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         plan = open_plan(command.recipe, weights)
         recipe = plan.to_json()["recipe"]
         config = to_json(command, "compress", weights=weights.origin, recipe=recipe)

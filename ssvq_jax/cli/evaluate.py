@@ -14,9 +14,6 @@ class EvalCommand(ModelOptions):
     Model, data and image size are those of the run, unless you say otherwise.
     """
 
-    weights: Path | None = None
-    """A run's folder, an orbax checkpoint or a msgpack file; by default the weights that the model
-    comes with."""
     split: str = "test"
     """Split to evaluate on."""
     which: Literal["last", "best"] = "last"
@@ -35,13 +32,8 @@ class EvalCommand(ModelOptions):
         import jax
 
         from ssvq_jax.cli.session import sizes
-        from ssvq_jax.cli.setup import (
-            make_task,
-            open_images,
-            open_model,
-            open_weights,
-            run_config,
-        )
+        from ssvq_jax.cli.setup import make_task, set_up
+        from ssvq_jax.cli.weights import run_config
         from ssvq_jax.plan import make_plan
         from ssvq_jax.report import print_outcome, provenance
         from ssvq_jax.training.batch_norm import reestimate_batch_norm
@@ -49,13 +41,8 @@ class EvalCommand(ModelOptions):
         from ssvq_jax.training.metrics import replace_text
         from ssvq_jax.training.step import make_evaluate
 
-        config = run_config(self.weights)
-        command = dataclasses.replace(self, eval_split=self.split).inherit(config)
-        command.check()
-        images = open_images(command, open_model(command, None).image_size)
-        model = open_model(command, images.source.num_classes(images.train))
-        shape = images.source.image_shape(images.train)
-        weights = open_weights(command.weights, model, shape, self.which)
+        setup = set_up(dataclasses.replace(self, eval_split=self.split), which=self.which)
+        command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         layout = local_layout(self.devices)
         task = make_task(model, images, command.batch_size, devices=layout.devices)
         params, state = weights.params, weights.model_state
@@ -80,7 +67,7 @@ class EvalCommand(ModelOptions):
             "after": found._asdict(),
         }
         print_outcome(f"{self.which} state, split {self.split}", results)
-        folder = self.out or (self.weights if config is not None else None)
+        folder = self.out or (self.weights if run_config(self.weights) else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             safe = "".join(c if c.isalnum() else "_" for c in self.split)

@@ -1,7 +1,6 @@
 """``ssvq finetune``: compress a trained model and train what the method learns."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,13 +13,10 @@ from ssvq_jax.training.optimizer import OptimizerConfig
 class FinetuneCommand(TrainingOptions, ModelOptions):
     """Fine-tune a compressed model: codebooks, signs, steps and what stays dense.
 
-    Begins with a run of `ssvq compress`, or compresses float weights first by --recipe. Stop it
+    Begins with a run of `ssvq compress`, or compresses float weights by --recipe first. Stop it
     whenever you like: the same command goes on where it was, and ends with the same bits.
     """
 
-    weights: Path | None = None
-    """A run of compress, train or finetune, an orbax checkpoint or a msgpack file; by default the
-    weights that the model comes with. Model and data are those of the run."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FILE")] = None
     """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file; by default that of the run."""
     steps: int = 2_000
@@ -35,18 +31,16 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
     def run(self) -> None:
         """Fine-tunes, and writes everything."""
         from ssvq_jax.cli.session import carry_out
-        from ssvq_jax.cli.setup import open_images, open_model, open_plan, open_weights, run_config
+        from ssvq_jax.cli.setup import set_up
+        from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import print_outcome
 
-        command = self.inherit(run_config(self.weights))
-        command.check()
-        command.check_training(command.steps)
-        optimizer = command.optimizer
-        if not command.freezing:
+        self.check_training(self.steps)
+        optimizer = self.optimizer
+        if not self.freezing:
             optimizer = dataclasses.replace(optimizer, freeze=None)
-        images = open_images(command, open_model(command, None).image_size, command.augment)
-        model = open_model(command, images.source.num_classes(images.train))
-        weights = open_weights(command.weights, model, images.source.image_shape(images.train))
+        setup = set_up(self, augment=self.augment)
+        command, weights = setup.options, setup.weights
         plan = open_plan(command.recipe, weights)
         config = to_json(
             command,
@@ -56,15 +50,10 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
             optimizer=dataclasses.asdict(optimizer),
         )
         results = carry_out(
-            command,
+            setup,
             config,
-            model,
-            images,
-            weights,
             plan,
             steps=command.steps,
-            batch_size=command.batch_size,
-            seed=command.seed,
             optimizer=optimizer,
             label="finetune",
         )

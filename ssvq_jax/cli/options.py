@@ -12,11 +12,14 @@ Self = TypeVar("Self", bound="ModelOptions")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, and which images. What is left out is that of the run in ``weights``."""
+    """Which model, with which weights, and which images."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_MODULE:FUNCTION")] = None
     """Model from the registry (deit_tiny), or module:function of your own code, which returns a
     flax.linen module, or (module, variables)."""
+    weights: Path | None = None
+    """Trained weights: the folder of a run, an orbax checkpoint or a msgpack file; by default those
+    that the model comes with. What is left out here is then as in the run."""
     classes: int | None = None
     """Number of classes; by default the data set's."""
     scan: bool | None = None
@@ -46,6 +49,7 @@ class ModelOptions:
         """Takes what was left out from the configuration of another run."""
         run = run or {}
         names = [field.name for field in dataclasses.fields(ModelOptions) if field.default is None]
+        names.remove("weights")
         values = {name: run[name] for name in names if getattr(self, name) is None and name in run}
         if values.get("data_dir") is not None:
             values["data_dir"] = Path(values["data_dir"])

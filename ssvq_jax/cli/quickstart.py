@@ -85,8 +85,10 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     from ssvq_jax.plan import Plan, make_plan
     from ssvq_jax.recipe import load_recipe
     from ssvq_jax.report import provenance
+    from ssvq_jax.training.layout import local_layout
 
     command.check()
+    local_layout().check_batch(command.batch_size)
     plans: dict[str, tuple[str, Plan]] = {}
     for name in command.methods:  # what cannot work fails before any work
         label = Path(name).stem.removesuffix("-shared")

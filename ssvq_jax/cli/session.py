@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ssvq_jax.cli.options import TrainingOptions
 from ssvq_jax.cli.run_folder import RunFolder
-from ssvq_jax.cli.setup import Images, Weights, make_task
+from ssvq_jax.cli.setup import Setup, make_task
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
-    from ssvq_jax.models import LoadedModel
     from ssvq_jax.plan import Plan
     from ssvq_jax.training.finetune import Finetuned
     from ssvq_jax.training.optimizer import OptimizerConfig
@@ -18,31 +16,21 @@ RUN = "model"  # name of a folder's only run
 
 
 def carry_out(
-    options: TrainingOptions,
+    setup: Setup[Any],
     config: Mapping[str, Any],
-    model: "LoadedModel",
-    images: Images,
-    weights: Weights,
     plan: "Plan",
     *,
     steps: int,
-    batch_size: int,
-    seed: int,
     optimizer: "OptimizerConfig",
     label: str,
 ) -> dict[str, Any]:
     """Trains from where the folder's checkpoints are, and writes the results.
 
     Args:
-        options: how to.
+        setup: of a command with `ssvq_jax.cli.options.TrainingOptions`.
         config: what the run was asked for, kept in its folder.
-        model: the model.
-        images: the data.
-        weights: where to begin.
         plan: what is compressed.
         steps: batches to train on.
-        batch_size: images a batch.
-        seed: of everything.
         optimizer: rates and freezing.
         label: name of the run in its metrics and pictures.
 
@@ -59,20 +47,25 @@ def carry_out(
     from ssvq_jax.training.layout import local_layout
     from ssvq_jax.training.optimizer import make_optimizer
 
+    options, images, weights = setup.options, setup.images, setup.weights
     layout = local_layout(options.devices, shard_state=options.shard_state)
-    layout.check_batch(batch_size)
+    layout.check_batch(options.batch_size)
     make_optimizer(plan, steps, optimizer)  # what it refuses, it refuses before there is a folder
     folder = RunFolder(options.out, config, resume=options.resume)
-    task = make_task(model, images, batch_size, devices=layout.devices, remat=options.remat)
+    task = make_task(
+        setup.model, images, options.batch_size, devices=layout.devices, remat=options.remat
+    )
     with folder.checkpoints(RUN, options.save_seconds) as checkpoints:
-        if checkpoints.last:
+        if checkpoints.last == steps:
+            print(f"{folder.path} is finished: reading it back")
+        elif checkpoints.last:
             print(f"resuming {folder.path} at step {checkpoints.last} of {steps}")
         done = finetune(
             task,
             plan,
             weights.params,
-            key=jax.random.key(seed),
-            seed=seed,
+            key=jax.random.key(options.seed),
+            seed=options.seed,
             steps=steps,
             optimizer=optimizer,
             name=label,

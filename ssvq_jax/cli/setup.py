@@ -1,18 +1,14 @@
-"""What commands begin with: the model, its weights, its images."""
+"""What commands work on: the model, its weights, its images."""
 
 import dataclasses
-import zlib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from ssvq_jax.cli.options import ModelOptions
-from ssvq_jax.cli.run_folder import read_config
+from ssvq_jax.cli.weights import Weights, initial_weights, open_weights, run_config
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.data import ImageData
     from ssvq_jax.models import LoadedModel
-    from ssvq_jax.plan import Plan
     from ssvq_jax.training.finetune import Task
 
 EVAL_BATCH = 256
@@ -33,23 +29,61 @@ class Images:
     held_out: str
 
 
+OptionsT = TypeVar("OptionsT", bound=ModelOptions)
+
+
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """Where a command begins.
+class Setup(Generic[OptionsT]):
+    """What a command works on.
 
     Attributes:
-        params: float parameters of a model that is not compressed, else their shapes.
-        model_state: the model's other collections.
-        plan: of a compressed run, else None.
-        variables: of a compressed run, else None.
-        origin: where they are from, and a checksum: a run is not resumed with other weights.
+        options: the command's, with what the run in ``weights`` says filled in.
+        images: the data.
+        model: the model.
+        weights: where to begin.
     """
 
-    params: Any
-    model_state: Any
-    plan: "Plan | None"
-    variables: Mapping[str, Any] | None
-    origin: dict[str, Any]
+    options: OptionsT
+    images: Images
+    model: "LoadedModel"
+    weights: Weights
+
+
+def set_up(
+    options: OptionsT,
+    *,
+    augment: str = "none",
+    which: Literal["last", "best"] = "last",
+    initial: bool = False,
+    compressed: bool = True,
+) -> Setup[OptionsT]:
+    """Opens a command's model, weights and images.
+
+    Args:
+        options: the command's.
+        augment: augmentation of training images.
+        which: checkpoint of the run in ``weights``.
+        initial: begin with random weights where there are no others.
+        compressed: take the weights of a compressed run, too.
+
+    Raises:
+        ValueError: for what is missing or does not fit.
+    """
+    options = options.inherit(run_config(options.weights))
+    options.check()
+    images = open_images(options, open_model(options, None).image_size, augment)
+    model = open_model(options, images.source.num_classes(images.train))
+    shape = images.source.image_shape(images.train)
+    if initial and options.weights is None and model.variables is None:
+        weights = initial_weights(model, shape, options.seed)
+    else:
+        weights = open_weights(options.weights, model, shape, which)
+    if weights.plan is not None and not compressed:
+        raise ValueError(
+            f"{options.weights} is compressed already: give float weights, or go on with "
+            "`ssvq finetune`"
+        )
+    return Setup(options, images, model, weights)
 
 
 def open_images(options: ModelOptions, model_size: int | None, augment: str = "none") -> Images:
@@ -96,110 +130,6 @@ def open_model(options: ModelOptions, classes: int | None) -> "LoadedModel":
         raise ValueError("no model: give --model")
     classes = options.classes if options.classes is not None else classes
     return load_model(options.model, classes=classes, scan=bool(options.scan))
-
-
-def run_config(weights: Path | None) -> dict[str, Any] | None:
-    """Configuration of the run that weights are taken from, if it is one."""
-    return read_config(weights) if weights is not None and weights.is_dir() else None
-
-
-def open_weights(
-    path: Path | None,
-    model: "LoadedModel",
-    image_shape: tuple[int, int, int],
-    which: Literal["last", "best"] = "last",
-) -> Weights:
-    """Takes weights from a run, a file, an orbax checkpoint, or what the model came with.
-
-    Args:
-        path: a run's folder, or what `ssvq_jax.models.load_weights` reads; None for the model's.
-        model: the model.
-        image_shape: ``(h, w, c)``.
-        which: which checkpoint of a run.
-
-    Raises:
-        ValueError: if there are none, or they do not fit the model.
-    """
-    from ssvq_jax.models import fit_weights, load_weights
-
-    shapes = model.shapes(image_shape)
-    if run_config(path) is not None and path is not None:
-        return _from_run(path, shapes, which)
-    if path is not None:
-        found, source = load_weights(path), str(path)
-    elif model.variables is not None:
-        found, source = model.variables, f"model '{model.name}'"
-    else:
-        raise ValueError(
-            f"model '{model.name}' comes without weights: give --weights with a run's folder, an "
-            "orbax checkpoint or a msgpack file, or train it with `ssvq train`"
-        )
-    variables = fit_weights(model, found, shapes, source)
-    params = variables.pop("params")
-    origin = {"from": source, "crc32": checksum((params, variables))}
-    return Weights(params, variables, None, None, origin)
-
-
-def _from_run(path: Path, shapes: Mapping[str, Any], which: Literal["last", "best"]) -> Weights:
-    """Reads what a run has come to."""
-    import jax
-
-    from ssvq_jax.training.checkpoint import Checkpoints
-    from ssvq_jax.tree import split
-
-    folder = path / "checkpoints" / "model"
-    if not folder.is_dir():
-        raise ValueError(f"{path} has no checkpoints of one model: give a run of train or finetune")
-    params, others = shapes["params"], {k: v for k, v in shapes.items() if k != "params"}
-    with Checkpoints(folder) as checkpoints:
-        plan = checkpoints.plan(which)
-        try:
-            learned, fixed = split(jax.eval_shape(plan.init, jax.random.key(0), params))
-        except ValueError as error:
-            raise ValueError(f"{path} is a run of another model: {error}") from error
-        template = {"params": learned, "fixed": fixed, "model_state": others}
-        state = checkpoints.restore(template, plan, which, partial=True).state
-    variables = {**state["params"], **state["fixed"]}
-    origin = {"from": str(path), "which": which, "crc32": checksum(state)}
-    if plan.entries:
-        return Weights(params, state["model_state"], plan, variables, origin)
-    return Weights(plan.decode(variables), state["model_state"], None, None, origin)
-
-
-def open_plan(recipe: str | None, weights: Weights) -> "Plan":
-    """The plan of compressed weights, or a recipe bound to float ones.
-
-    Raises:
-        ValueError: without a recipe, for one that is not that of the weights, or that compresses
-            nothing.
-    """
-    from ssvq_jax.plan import make_plan
-    from ssvq_jax.recipe import load_recipe
-
-    if recipe is None and weights.plan is None:
-        raise ValueError("no recipe: give --recipe with a preset, e.g. ssvq-21x, or a JSON file")
-    if recipe is None and weights.plan is not None:
-        return weights.plan
-    plan = make_plan(weights.params, load_recipe(recipe or ""))
-    if weights.plan is not None and plan != weights.plan:
-        raise ValueError(
-            f"recipe '{recipe}' is not the one that {weights.origin['from']} was compressed by: "
-            "leave --recipe out, or begin with float weights"
-        )
-    if not plan.entries:
-        raise ValueError(f"recipe '{recipe}' compresses nothing: give one with a quantizer")
-    return plan
-
-
-def checksum(tree: Any) -> str:
-    """CRC-32 of all bytes of a tree."""
-    import jax
-    import numpy as np
-
-    value = 0
-    for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
-    return f"{value:08x}"
 
 
 def make_task(

@@ -1,7 +1,6 @@
 """``ssvq train``: a float model on your own data."""
 
 import dataclasses
-from pathlib import Path
 
 from ssvq_jax.cli.options import ModelOptions, TrainingOptions, to_json
 
@@ -15,9 +14,6 @@ class TrainCommand(TrainingOptions, ModelOptions):
 
     steps: int = 10_000
     """Batches to train on."""
-    weights: Path | None = None
-    """Weights to begin with: a run's folder, an orbax checkpoint or a msgpack file. By default
-    those that the model comes with, else random ones."""
     learning_rate: float = 1e-3
     """Highest rate of AdamW; it rises linearly, then falls with a cosine."""
     weight_decay: float = 0.05
@@ -31,48 +27,20 @@ class TrainCommand(TrainingOptions, ModelOptions):
 
     def run(self) -> None:
         """Trains, and writes everything."""
-        import jax
-
         from ssvq_jax.cli.session import carry_out
-        from ssvq_jax.cli.setup import (
-            Weights,
-            checksum,
-            open_images,
-            open_model,
-            open_weights,
-            run_config,
-        )
+        from ssvq_jax.cli.setup import set_up
         from ssvq_jax.plan import make_plan
         from ssvq_jax.report import print_outcome
         from ssvq_jax.training.optimizer import OptimizerConfig
 
-        command = self.inherit(run_config(self.weights))
-        command.check()
-        command.check_training(command.steps)
-        size = open_model(command, None).image_size
-        images = open_images(command, size, command.augment)
-        model = open_model(command, images.source.num_classes(images.train))
-        shape = images.source.image_shape(images.train)
-        if command.weights is None and model.variables is None:
-            others = dict(model.init(jax.random.split(jax.random.key(command.seed))[0], shape))
-            params = others.pop("params")
-            origin = {"from": f"seed {command.seed}", "crc32": checksum((params, others))}
-            weights = Weights(params, others, None, None, origin)
-        else:
-            weights = open_weights(command.weights, model, shape)
-        if weights.plan is not None:
-            raise ValueError(f"{command.weights} is compressed: go on with `ssvq finetune`")
-        config = to_json(command, "train", weights=weights.origin)
+        self.check_training(self.steps)
+        setup = set_up(self, augment=self.augment, initial=True, compressed=False)
+        command = setup.options
         results = carry_out(
-            command,
-            config,
-            model,
-            images,
-            weights,
-            make_plan(weights.params, [(".*", None)]),
+            setup,
+            to_json(command, "train", weights=setup.weights.origin),
+            make_plan(setup.weights.params, [(".*", None)]),
             steps=command.steps,
-            batch_size=command.batch_size,
-            seed=command.seed,
             optimizer=OptimizerConfig(
                 dense=command.learning_rate,
                 weight_decay=command.weight_decay,
