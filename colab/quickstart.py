@@ -38,33 +38,50 @@ import subprocess
 import sys
 import tempfile
 
+FLOOR = (0, 9, 0)  # the oldest jax that ssvq_jax runs with
+
+
+def pip_arguments(source: str, have: dict[str, str]) -> list[str]:
+    """Keeps a jax that is new enough; replaces an older one together with its accelerator parts."""
+    number = tuple(int(part) for part in have.get("jax", "0").split(".")[:3] if part.isdigit())
+    if number >= FLOOR:
+        kept = [f"{name}=={have[name]}" for name in ("jax", "jaxlib") if name in have]
+        constraints = pathlib.Path(tempfile.mkdtemp()) / "constraints.txt"
+        constraints.write_text("\n".join(kept))
+        return [source, "-c", str(constraints)]
+    parts = {"libtpu": "tpu", "jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13"}
+    extras = [extra for name, extra in parts.items() if name in have]
+    return [source, f"jax[{','.join(extras)}]" if extras else "jax"]
+
+
+on_colab = "google.colab" in sys.modules
+if on_colab and not FOLDER:
+    from google.colab import drive  # pyright: ignore[reportMissingImports]
+
+    drive.mount("/content/drive")
 if importlib.util.find_spec("ssvq_jax") is None:
     if not SOURCE:
         raise ValueError("set SOURCE above to the git URL (git+https://…) or wheel of ssvq_jax")
-    have = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    kept = [f"{name}=={have[name]}" for name in ("jax", "jaxlib") if name in have]
-    constraints = pathlib.Path(tempfile.mkdtemp()) / "constraints.txt"
-    constraints.write_text("\n".join(kept))
-    install = [sys.executable, "-m", "pip", "install", "-q", SOURCE]
-    if subprocess.run([*install, "-c", str(constraints)], check=False).returncode:
-        print(f"{kept} is too old for ssvq_jax: installing a newer one; restart the runtime")
-        subprocess.run(install, check=True)
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    install = [sys.executable, "-m", "pip", "install", "-q"]
+    subprocess.run([*install, *pip_arguments(SOURCE, installed)], check=True)
+    importlib.invalidate_caches()
+    for name in ("jax", "numpy"):
+        if name in sys.modules and sys.modules[name].__version__ != importlib.metadata.version(
+            name
+        ):
+            raise RuntimeError(f"{name} was replaced: restart the runtime, then run all cells")
 
 # %%
 import jax
 
 print(f"jax {jax.__version__} on {jax.local_device_count()} x {jax.devices()[0].device_kind}")
-on_colab = "google.colab" in sys.modules
-if not FOLDER and on_colab:
-    from google.colab import drive  # pyright: ignore[reportMissingImports]
-
-    drive.mount("/content/drive")
 folder = pathlib.Path(FOLDER or ("/content/drive/MyDrive/ssvq" if on_colab else "runs/notebook"))
 
 # %% [markdown]
 # ## 2. Data and model
 # Here: 5,000 MNIST digits that come with the installation. `ImageData("cifar10", augment="cifar")`
-# takes any classification set of TensorFlow Datasets, `ImageData("path/to/folder", image_size=64)`
+# takes any classification set of TensorFlow Datasets, `ImageData("./folder", image_size=64)`
 # your own images, a sub-folder for each class. The model is any `flax.linen` module.
 
 # %%
@@ -180,9 +197,10 @@ for name in ("accuracy.png", "signs.png"):
 
 # %% [markdown]
 # ## 6. Cut off? Go on
-# The same call reads the last checkpoint and goes on from it; a finished run is read back. The
-# arrays are those of a run that was never stopped, to the bit. `packed.decode()` gives plain
-# parameters for any use.
+# Press stop in the middle of a training cell, or lose the runtime: the same cell, run again, goes
+# on from the last checkpoint, and ends with the arrays of a run that was never stopped, to the bit.
+# A finished run is read back; with other settings it says what differs, and wants another folder.
+# `packed.decode()` gives plain parameters for any use.
 
 # %%
 again = run(
@@ -193,9 +211,9 @@ again = run(
     STEPS,
     OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3),
 )
-assert again.after == small.after
 weights = again.packed.decode()
-logits = model.apply(
-    {"params": weights, **again.state.model_state}, jnp.zeros((1, *digits.image_shape("train")))
-)
+same = jax.tree.map(lambda a, b: bool((a == b).all()), weights, small.packed.decode())
+assert jax.tree.all(same)
+image = jnp.zeros((1, *digits.image_shape("train")))
+logits, _ = task.forward(weights, again.state.model_state, image, None)
 print(f"{plan.bits().stored_bytes:,} bytes stored; logits {logits.shape}")

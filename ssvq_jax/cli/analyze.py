@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from ssvq_jax.cli.options import FolderOptions, ModelOptions, to_json
+from ssvq_jax.cli.options import FolderOptions, ModelOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,23 @@ class AnalyzeCommand(FolderOptions, ModelOptions):
         from ssvq_jax.cli.setup import EVAL_BATCH, set_up
         from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import plot_analysis, print_analysis, provenance
+        from ssvq_jax.training.finetune import encoding_key
         from ssvq_jax.training.step import linen_forward
 
         setup = set_up(self, compressed=False)
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         plan = open_plan(command.recipe, weights)
         recipe = plan.to_json()["recipe"]
-        config = to_json(command, "analyze", weights=weights.origin, recipe=recipe)
-        folder = RunFolder(command.out, config, resume=command.resume)
+        config = setup.config("analyze", recipe=recipe)
         size = min(EVAL_BATCH, command.examples)
         count = -(-command.examples // size)
+        images.source.evaluate(images.held_out, size)  # refuses before there is a folder
+        folder = RunFolder(command.out, config, resume=command.resume)
         print(f"encoding {len(plan.compressed)} weights")
-        variables = plan.init(jax.random.key(command.seed), weights.params)
+        # As `ssvq compress` encodes them.
+        variables = plan.init(encoding_key(jax.random.key(setup.seed)), weights.params)
         leaves = leaf_reports(plan, weights.params, variables)
-        done = [Sensitivity(**line) for line in folder.metrics.read()]
+        done = [Sensitivity(**line) for line in folder.metrics.clean()]
         rows = loss_sensitivities(
             linen_forward(model.module),
             plan,

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import tyro
 
-from ssvq_jax.cli.options import FolderOptions, ModelOptions, to_json
+from ssvq_jax.cli.options import BatchOptions, FolderOptions, ModelOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressCommand(FolderOptions, ModelOptions):
+class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
     """Compress a trained model, and see what that costs before any fine-tuning.
 
     `ssvq finetune --weights OUT` goes on from what is written.
@@ -17,10 +17,6 @@ class CompressCommand(FolderOptions, ModelOptions):
 
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
     """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file."""
-    batch_norm_batches: int = 0
-    """Training batches over which batch statistics are re-estimated for the compressed weights."""
-    devices: int | None = None
-    """How many of the local devices to use; by default all."""
 
     def run(self) -> None:
         """Compresses, and writes everything."""
@@ -41,23 +37,24 @@ class CompressCommand(FolderOptions, ModelOptions):
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         plan = open_plan(command.recipe, weights)
         recipe = plan.to_json()["recipe"]
-        config = to_json(command, "compress", weights=weights.origin, recipe=recipe)
+        config = setup.config("compress", recipe=recipe)
         layout = local_layout(command.devices)
+        task = make_task(model, images, setup.batch_size, devices=layout.devices)
+        task.eval_batches()  # what it refuses, it refuses before there is a folder
         folder = RunFolder(command.out, config, resume=command.resume)
-        task = make_task(model, images, command.batch_size, devices=layout.devices)
         with folder.checkpoints(RUN, 0.0) as checkpoints:
             done = finetune(
                 task,
                 plan,
                 weights.params,
-                key=jax.random.key(command.seed),
-                seed=command.seed,
+                key=jax.random.key(setup.seed),
+                seed=setup.seed,
                 steps=0,
                 optimizer=OptimizerConfig(),
                 name="compress",
                 model_state=weights.model_state,
                 checkpoints=checkpoints,
-                options=RunOptions(batch_norm_batches=command.batch_norm_batches, layout=layout),
+                options=RunOptions(batch_norm_batches=setup.batch_norm_batches, layout=layout),
             )
         evaluate = make_evaluate(task.forward, layout)
         floating = evaluate(weights.params, weights.model_state, task.eval_batches())

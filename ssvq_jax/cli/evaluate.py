@@ -2,26 +2,24 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ssvq_jax.cli.options import ModelOptions
+import tyro
+
+from ssvq_jax.cli.options import BatchOptions, ModelOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalCommand(ModelOptions):
+class EvalCommand(BatchOptions, ModelOptions):
     """Evaluate a model: that of a run of train, compress or finetune, or your own weights.
 
     Model, data and image size are those of the run, unless you say otherwise.
     """
 
-    split: str = "test"
+    eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
     """Split to evaluate on."""
     which: Literal["last", "best"] = "last"
     """The run's last state, or the one with the least validation loss."""
-    batch_norm_batches: int = 0
-    """Training batches over which batch statistics are re-estimated first."""
-    devices: int | None = None
-    """How many of the local devices to use; by default all."""
     out: Path | None = None
     """Folder for the results; by default that of the run."""
 
@@ -41,36 +39,38 @@ class EvalCommand(ModelOptions):
         from ssvq_jax.training.metrics import replace_text
         from ssvq_jax.training.step import make_evaluate
 
-        setup = set_up(dataclasses.replace(self, eval_split=self.split), which=self.which)
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out={self.out} is a file: give a folder")
+        setup = set_up(self, which=self.which)
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         layout = local_layout(self.devices)
-        task = make_task(model, images, command.batch_size, devices=layout.devices)
+        task = make_task(model, images, setup.batch_size, devices=layout.devices)
         params, state = weights.params, weights.model_state
         plan = weights.plan or make_plan(params, [(".*", None)])
         if weights.variables is not None:
             params = plan.finalize(weights.variables).decode()
-        if self.batch_norm_batches:
-            batches = task.train_batches(command.seed)
-            key = jax.random.key(command.seed)
+        if setup.batch_norm_batches:  # as the run did before it judged this state
+            batches = task.train_batches(setup.seed)
+            key = jax.random.split(jax.random.key(setup.seed))[1]
             state = reestimate_batch_norm(
-                task.forward, params, state, batches, self.batch_norm_batches, key
+                task.forward, params, state, batches, setup.batch_norm_batches, key, layout
             )
         found = make_evaluate(task.forward, layout)(params, state, task.eval_batches())
         results = {
-            "split": self.split,
+            "split": images.held_out,
             "weights": weights.origin,
             "model": command.model,
             "data": command.data,
-            "batch_norm_batches": self.batch_norm_batches,
+            "batch_norm_batches": setup.batch_norm_batches,
             **provenance(),
             **sizes(plan),
             "after": found._asdict(),
         }
-        print_outcome(f"{self.which} state, split {self.split}", results)
+        print_outcome(f"{self.which} state, split {images.held_out}", results)
         folder = self.out or (self.weights if run_config(self.weights) else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            safe = "".join(c if c.isalnum() else "_" for c in self.split)
+            safe = "".join(c if c.isalnum() else "_" for c in images.held_out)
             file = folder / f"eval-{safe}-{self.which}.json"
             replace_text(file, json.dumps(results, indent=1) + "\n")
             print(f"results are in {file}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from ssvq_jax.cli.options import ModelOptions, TrainingOptions, to_json
+from ssvq_jax.cli.options import ModelOptions, TrainingOptions
 from ssvq_jax.training.optimizer import OptimizerConfig
 
 
@@ -42,10 +42,8 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
         setup = set_up(self, augment=self.augment)
         command, weights = setup.options, setup.weights
         plan = open_plan(command.recipe, weights)
-        config = to_json(
-            command,
+        config = setup.config(
             "finetune",
-            weights=weights.origin,
             recipe=plan.to_json()["recipe"],
             optimizer=dataclasses.asdict(optimizer),
         )

@@ -1,6 +1,7 @@
 """The console command ``ssvq``."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -41,5 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:  # messages that say what to change
         sys.exit(f"ssvq: error: {error}")
     except KeyboardInterrupt:
-        print("\nssvq: interrupted; run the same command to go on", file=sys.stderr)
-        sys.exit(130)  # as the shell reports an interrupt
+        print(
+            "\nssvq: interrupted; the same command, without --no-resume, goes on", file=sys.stderr
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: libraries' threads that are at work in the middle of a computation may
+        # crash while Python winds down. What is to be kept is on disk by now.
+        os._exit(130)  # as the shell reports an interrupt

@@ -10,6 +10,14 @@ import tyro
 Self = TypeVar("Self", bound="ModelOptions")
 
 
+# What a run that begins with another takes over from it, and what is taken if there is none.
+_INHERITED = frozenset(
+    {"model", "classes", "scan", "data", "data_dir", "image_size", "normalization", "train_split"}
+    | {"eval_split", "seed", "batch_size", "batch_norm_batches"}
+)
+_DEFAULTS = {"seed": 0, "batch_size": 64, "batch_norm_batches": 0, "normalization": "auto"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, with which weights, and which images."""
@@ -38,20 +46,22 @@ class ModelOptions:
     eval_split: str | None = None
     """Split to judge by; by default validation, or the last tenth of train. Keep the test split
     for `ssvq eval`."""
-    batch_size: int = 64
-    """Images a training step."""
     workers: int = 0
     """Processes that load images; 0 for a thread. The batches are the same."""
-    seed: int = 0
-    """Decides initial weights, clustering, and the order and augmentation of the data."""
+    seed: int | None = None
+    """Decides initial weights, clustering, and the order and augmentation of the data; by default
+    0."""
 
     def inherit(self: Self, run: Mapping[str, Any] | None) -> Self:
-        """Takes what was left out from the configuration of another run."""
-        run = run or {}
-        names = [field.name for field in dataclasses.fields(ModelOptions) if field.default is None]
-        names.remove("weights")
-        values = {name: run[name] for name in names if getattr(self, name) is None and name in run}
-        if values.get("data_dir") is not None:
+        """Takes what was left out from the configuration of another run, else from `_DEFAULTS`."""
+        inherited = {**_DEFAULTS, **{k: v for k, v in (run or {}).items() if k in _INHERITED}}
+        names = {field.name for field in dataclasses.fields(self)}
+        values = {
+            name: value
+            for name, value in inherited.items()
+            if name in names and getattr(self, name) is None and value is not None
+        }
+        if "data_dir" in values:
             values["data_dir"] = Path(values["data_dir"])
         return dataclasses.replace(self, **values)
 
@@ -62,10 +72,28 @@ class ModelOptions:
                 "no model: give --model NAME, --model module:function, or --weights with the "
                 "folder of a run that has one"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: give at least 1")
-        if not 0 <= self.seed < 2**31:
+        if not 0 <= (self.seed or 0) < 2**31:
             raise ValueError(f"seed={self.seed}: give 0 to 2**31 - 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Training batches, for training or for batch statistics."""
+
+    batch_size: int | None = None
+    """Images a batch; by default that of the run in weights, else 64."""
+    batch_norm_batches: int | None = None
+    """Training batches over which batch statistics are re-estimated before every evaluation; by
+    default as in the run in weights, else 0."""
+    devices: int | None = None
+    """How many of the local devices to use; by default all. They share each batch."""
+
+    def check_batches(self) -> None:
+        """Raises ValueError for what is out of range."""
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: give at least 1")
+        if self.batch_norm_batches is not None and self.batch_norm_batches < 0:
+            raise ValueError(f"batch_norm_batches={self.batch_norm_batches}: give at least 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +107,7 @@ class FolderOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions(FolderOptions):
+class TrainingOptions(BatchOptions, FolderOptions):
     """How a training run is carried out."""
 
     augment: str = "none"
@@ -88,14 +116,11 @@ class TrainingOptions(FolderOptions):
     """Steps between two validations; by default a tenth of the run. The best is kept."""
     save_seconds: float = 60.0
     """Least time between two checkpoints."""
-    batch_norm_batches: int = 0
-    """Training batches over which batch statistics are re-estimated before every evaluation."""
-    devices: int | None = None
-    """How many of the local devices to use; by default all. They share each batch."""
     shard_state: bool = False
     """Cut parameters and optimizer state over the devices, too."""
     remat: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    """Compute again in the backward pass what is decoded, and, in the registry's models, the
+    activations of blocks: less memory, more time."""
 
     def check_training(self, steps: int) -> None:
         """Raises ValueError for what is out of range."""
@@ -103,6 +128,8 @@ class TrainingOptions(FolderOptions):
             raise ValueError(f"steps={steps}: give at least 1 (`ssvq compress` does not train)")
         if self.validate_every is not None and self.validate_every < 1:
             raise ValueError(f"validate_every={self.validate_every}: give at least 1")
+        if not self.save_seconds >= 0:
+            raise ValueError(f"save_seconds={self.save_seconds}: give 0 or more")
 
 
 def to_json(command: Any, name: str, **changes: Any) -> dict[str, Any]:

@@ -41,14 +41,13 @@ class PlanCommand:
         model = load_model(self.model, classes=self.classes, scan=self.scan)
         variables = model.variables
         if variables is None:
-            size = self.image_size or model.image_size
-            if size is None:
+            size = model.image_size if self.image_size is None else self.image_size
+            if size is None or size < 1 or self.channels < 1:
                 raise ValueError(
-                    f"model '{self.model}' does not say which images it takes: give --image-size"
+                    f"images of size {size} with {self.channels} channels: give the --image-size "
+                    f"and --channels that model '{self.model}' takes"
                 )
-            config = getattr(model.module, "config", None)
-            channels = getattr(config, "channels", self.channels)
-            variables = model.shapes((size, size, channels))
+            variables = model.shapes((size, size, model.channels or self.channels))
         plan = make_plan(variables["params"], load_recipe(self.recipe))
         print_bits(f"{self.model} with {self.recipe}", plan.bits())
         if self.out is not None:

@@ -50,6 +50,8 @@ class QuickstartCommand:
     """Updates of every compressed model."""
     batch_size: int = 64
     """Images an update."""
+    devices: int | None = None
+    """How many of the local devices to use; by default all. They share each batch."""
     data_dir: Path | None = None
     """Where the prepared digits are kept; by default TensorFlow Datasets' own folder."""
 
@@ -60,6 +62,8 @@ class QuickstartCommand:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed}: give 0 to 2**31 - 1")
+        if not self.save_seconds >= 0:
+            raise ValueError(f"save_seconds={self.save_seconds}: give 0 or more")
 
     def run(self) -> None:
         """Runs the comparison, shows it, and writes everything."""
@@ -88,7 +92,7 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     from ssvq_jax.training.layout import local_layout
 
     command.check()
-    local_layout().check_batch(command.batch_size)
+    local_layout(command.devices).check_batch(command.batch_size)
     plans: dict[str, tuple[str, Plan]] = {}
     for name in command.methods:  # what cannot work fails before any work
         label = Path(name).stem.removesuffix("-shared")
@@ -98,9 +102,9 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
         if not plans[label][1].entries:
             raise ValueError(f"methods: '{name}' compresses nothing")
     config = to_json(command, "quickstart", model=MODEL, recipes=_recipes(plans))
-    folder = RunFolder(command.out, config, resume=command.resume)
     origin = provenance()
     task = load_task(command, "test")
+    folder = RunFolder(command.out, config, resume=command.resume)
     trained = train_float(command, task, folder)
     results: dict[str, Any] = {
         "config": folder.config,
@@ -131,18 +135,17 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
 
 def load_task(command: QuickstartCommand, split: str) -> "Task":
     """The digits and the model, judged on a split."""
-    import jax
-
     from ssvq_jax import data
     from ssvq_jax.cli.setup import round_up
     from ssvq_jax.models import create
     from ssvq_jax.training.finetune import Task
+    from ssvq_jax.training.layout import local_layout
     from ssvq_jax.training.step import linen_forward
 
     train = data.load_split(data.EMBEDDED_NAME, "train", command.data_dir)
     held_out = data.load_split(data.EMBEDDED_NAME, split, command.data_dir)
     augment = data.augmentation_preset("digits").augment
-    batch = round_up(500, jax.local_device_count())
+    batch = round_up(500, local_layout(command.devices).devices)
     return Task(
         forward=linen_forward(create(MODEL)),
         train_batches=lambda seed: data.train_batches(
@@ -219,8 +222,10 @@ def _run(
     **settings: Any,
 ) -> "Finetuned":
     """Fine-tunes, saved in a folder if there is one."""
-    from ssvq_jax.training.finetune import finetune
+    from ssvq_jax.training.finetune import RunOptions, finetune
+    from ssvq_jax.training.layout import local_layout
 
+    settings["options"] = RunOptions(layout=local_layout(command.devices))
     if folder is None:
         return finetune(task, plan, params, name=name, **settings)
     with folder.checkpoints(name, command.save_seconds) as checkpoints:
@@ -263,7 +268,7 @@ def _recipes(plans: "dict[str, tuple[str, Plan]]") -> dict[str, Any]:
 
 
 def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:
-    bits, last = plan.bits(), done.records[-1]
+    bits, last = plan.bits(), done.records[-1] if done.records else {}
     return {
         "bits_per_weight": bits.main.bits_per_weight,
         "compression_ratio": bits.main.compression_ratio,

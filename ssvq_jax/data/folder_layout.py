@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
+from ssvq_jax.data.split_ranges import split_ranges
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """Files with other endings are passed over."""
 
@@ -167,11 +169,6 @@ def choose_files(root: Path, split: str, splits: dict[str, tuple[str, ...]]) -> 
 
 
 def _slices(split: str, splits: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    from tensorflow_datasets.core.splits import AbstractSplit, SplitDict, SplitInfo
-
-    sizes = [
-        SplitInfo(name=key, shard_lengths=[len(files)], num_bytes=0)
-        for key, files in splits.items()
-    ]
-    parts = AbstractSplit.from_spec(split).to_absolute(SplitDict(split_infos=sizes))
-    return tuple(file for part in parts for file in splits[part.splitname][part.from_ : part.to])
+    sizes = {key: len(files) for key, files in splits.items()}
+    parts = split_ranges(split, sizes)
+    return tuple(file for name, start, stop in parts for file in splits[name][start:stop])

@@ -23,6 +23,10 @@ MEASURED_FILES = 100_000
 first that differs, so only large folders of equal images take long."""
 
 
+_ORIENTATION = 0x0112  # Exif tag
+_ON_THEIR_SIDE = range(5, 9)  # its values for pictures that are to be turned by a right angle
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSplit:
     """A split of an image folder; a file is decoded each time it is asked for.
@@ -137,16 +141,21 @@ def _common_size(root: Path, files: tuple[str, ...]) -> tuple[int | None, int | 
     size = None
     for file in files if len(files) <= MEASURED_FILES else ():
         with _reading(root / file), Image.open(root / file) as picture:
-            if size not in (None, picture.size):
-                return None, None
-            size = picture.size
+            turned = picture.getexif().get(_ORIENTATION, 1) in _ON_THEIR_SIDE
+            found = picture.size[::-1] if turned else picture.size
+        if size not in (None, found):
+            return None, None
+        size = found
     return (None, None) if size is None else (size[1], size[0])
 
 
 def _decode(path: Path, channels: int) -> UInt8[np.ndarray, "h w {channels}"]:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    with _reading(path), Image.open(path) as picture:
+    with _reading(path), Image.open(path) as stored:
+        picture = ImageOps.exif_transpose(stored)  # upright, as cameras mean it
+        if "transparency" in picture.info and picture.mode == "P":
+            picture = picture.convert("RGBA")
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are {picture.mode}, only 8 bits a channel can be read")
         pixels = np.array(picture.convert(PILLOW_MODES[channels]))

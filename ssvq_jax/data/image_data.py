@@ -18,6 +18,7 @@ from ssvq_jax.data.presets import (
     augmentation_preset,
     normalization_preset,
 )
+from ssvq_jax.data.split_ranges import overlap
 from ssvq_jax.data.splits import ArraySplit, ImageSplit, RecordSplit
 
 _PHOTOGRAPH_SHARE = 0.875
@@ -37,7 +38,9 @@ class ImageData:
         image_size: Height and width of the images in batches; None for the set's own.
         augment: Key of `AUGMENTATION_PRESETS`.
         normalization: One of `NORMALIZATION_PRESETS`.
-        workers: Processes that prepare batches; the batches are the same for any number.
+        workers: Processes that prepare batches; the batches are the same for any number. A pass
+            over images in memory needs none and has none.
+        channels: What the files of an image folder are converted to: 3, 1 or 4.
 
     Raises:
         ValueError: A preset is unknown, or a number is out of range.
@@ -55,6 +58,7 @@ class ImageData:
     augment: str = "none"
     normalization: str = "auto"
     workers: int = 0
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -80,7 +84,7 @@ class ImageData:
         Raises:
             ValueError: The set or split is not on disk, or cannot be read.
         """
-        return _open(self.name, split, self.data_dir)
+        return _open(self.name, split, self.data_dir, self.channels)
 
     def splits(self) -> dict[str, int]:
         """Returns the name of each split and its number of images.
@@ -89,6 +93,14 @@ class ImageData:
             ValueError: The set is not on disk, or cannot be read.
         """
         return sources.list_splits(self.name, self.data_dir)
+
+    def overlap(self, first: str, second: str) -> bool:
+        """Says whether two splits have images in common.
+
+        Raises:
+            ValueError: The set is not on disk, or there is no such split.
+        """
+        return overlap(first, second, self.splits())
 
     def train(self, split: str, batch_size: int, *, seed: int) -> BatchIterator[Batch]:
         """Returns an endless iterator of shuffled, augmented batches.
@@ -130,12 +142,14 @@ class ImageData:
             ValueError: As for `open` and `eval_batches`.
         """
         source, crop = self._prepared(split, train=False)
+        # Each pass would start its processes anew, for images that need no preparation.
+        workers = 0 if isinstance(source, ArraySplit) else self.workers
         return eval_batches(
             source,
             batch_size,
             crop=crop,
             normalization=self._normalization(source),
-            workers=self.workers,
+            workers=workers,
         )
 
     def image_shape(self, split: str) -> tuple[int, int, int]:
@@ -174,20 +188,22 @@ class ImageData:
             return source, None
         framed = own_height is not None and own_height == own_width
         crop = CenterCrop(height, 1.0 if framed else _PHOTOGRAPH_SHARE)
-        return _cut(self.name, split, self.data_dir, crop)
+        return _cut(self.name, split, self.data_dir, self.channels, crop)
 
 
 @functools.lru_cache(maxsize=4)
-def _open(name: str, split: str, data_dir: Path | None) -> ArraySplit | RecordSplit | FolderSplit:
-    return sources.load_split(name, split, data_dir)
+def _open(
+    name: str, split: str, data_dir: Path | None, channels: int
+) -> ArraySplit | RecordSplit | FolderSplit:
+    return sources.load_split(name, split, data_dir, channels=channels)
 
 
 @functools.lru_cache(maxsize=4)
 def _cut(
-    name: str, split: str, data_dir: Path | None, crop: CenterCrop
+    name: str, split: str, data_dir: Path | None, channels: int, crop: CenterCrop
 ) -> tuple[ImageSplit, CenterCrop | None]:
     """Crops a split once and for all if the result may be kept in memory."""
-    source = _open(name, split, data_dir)
+    source = _open(name, split, data_dir, channels)
     if len(source) * crop.size**2 * source.image_shape[-1] > sources.CACHE_BYTES:
         return source, crop
 

@@ -21,7 +21,7 @@ epoch costs more than a small model's training step."""
 
 
 def load_split(
-    name: str, split: str, data_dir: str | os.PathLike[str] | None = None
+    name: str, split: str, data_dir: str | os.PathLike[str] | None = None, *, channels: int = 3
 ) -> ArraySplit | RecordSplit | FolderSplit:
     """Opens a split of a set that TensorFlow Datasets has on disk, or of an image folder.
 
@@ -33,6 +33,8 @@ def load_split(
         split: A split as TFDS spells it: `"train"`, `"train[:10%]"`, `"train+validation"`.
         data_dir: Root of the TFDS directory. Default: `$TFDS_DATA_DIR`, else
             `~/tensorflow_datasets`. Image folders don't depend on it.
+        channels: What the files of an image folder are converted to, as for `open_folder`. TFDS
+            sets have their own.
 
     Returns:
         An `ArraySplit` where the decoded images are all of one size and take at most
@@ -49,7 +51,7 @@ def load_split(
         (1500, (28, 28, 1), 10)
     """
     if _is_folder(name):
-        return _in_memory(open_folder(name, split))
+        return _in_memory(open_folder(name, split, channels))
     with _prepared(name, data_dir) as root:
         return _in_memory(_load(name, split, root))
 
@@ -153,7 +155,7 @@ def _open(name: str, data_dir: str | None) -> Any:
 
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:  # ValueError: not even a name
         places = _places(data_dir)
         if name == embedded.EMBEDDED_NAME:  # it has a folder, but nothing in it
             raise OSError("the folder holds no data set") from error

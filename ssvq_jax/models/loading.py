@@ -1,6 +1,7 @@
 """Models by registry name or from a user's own module, and what they are before any weights."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
@@ -24,7 +25,6 @@ class LoadedModel:
         name: what it was asked for by.
         module: called with images ``[b, h, w, c]``, and with ``train=`` if its call takes that.
         variables: trained variables that came with it, ``{"params": ..., ...}``, or None.
-        image_size: height and width of its images, if it says so (``module.config.image_size``).
     """
 
     name: str
@@ -36,6 +36,11 @@ class LoadedModel:
         """Height and width of the images it is made for, if it says so."""
         return getattr(getattr(self.module, "config", None), "image_size", None)
 
+    @property
+    def channels(self) -> int | None:
+        """Channels of the images it is made for, if it says so."""
+        return getattr(getattr(self.module, "config", None), "channels", None)
+
     def init(self, key: Key[Array, ""], image_shape: tuple[int, int, int]) -> dict[str, Any]:
         """Initial variables: ``params``, and other collections if the model has them.
 
@@ -46,11 +51,29 @@ class LoadedModel:
         Raises:
             ValueError: if the model cannot be called with such images.
         """
+        return dict(self._call(jax.jit, key, image_shape)[1])
+
+    def outputs(self, image_shape: tuple[int, int, int]) -> int:
+        """Number of its logits, without computing any.
+
+        Raises:
+            ValueError: as `init`, or if it does not return logits ``[b, classes]``.
+        """
+        logits, _ = self._call(_shapes_of, jax.random.key(0), image_shape)
+        shape = getattr(logits, "shape", None)
+        if shape is None or len(shape) != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+            found = type(logits).__name__ if shape is None else f"{logits.dtype}{list(shape)}"
+            raise ValueError(
+                f"model '{self.name}' returns {found} for one image: return logits [b, classes]"
+            )
+        return shape[1]
+
+    def _call(self, transform: Any, key: Any, image_shape: tuple[int, int, int]) -> Any:
         signature = inspect.signature(type(self.module).__call__)
         train: dict[str, Any] = {"train": False} if "train" in signature.parameters else {}
         images = jnp.zeros((1, *image_shape))
         try:
-            return dict(jax.jit(lambda k: self.module.init(k, images, **train))(key))
+            return transform(lambda k: self.module.init_with_output(k, images, **train))(key)
         except Exception as error:
             shape = ", ".join(map(str, image_shape))
             raise ValueError(
@@ -112,6 +135,10 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
         f"model '{name}' gave a {type(made).__name__}: return a flax.linen Module, or "
         "(module, variables) with variables['params']"
     )
+
+
+def _shapes_of(function: Any) -> Any:
+    return functools.partial(jax.eval_shape, function)
 
 
 def _find(name: str) -> Any:

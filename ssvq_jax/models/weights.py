@@ -56,10 +56,11 @@ def fit_weights(
         source: where the weights are from, for messages.
 
     Returns:
-        The variables as the model has them; dtypes are those of the weights.
+        The variables as the model has them; parameters keep the dtypes of the weights.
 
     Raises:
-        ValueError: naming the first leaf that is missing, too many, or of another shape.
+        ValueError: naming the first leaf that is missing, too many, of another shape, or not
+            finite.
     """
     found = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     leaves = []
@@ -73,7 +74,11 @@ def fit_weights(
                 f"{source}: leaf {where} is {list(leaf.shape)} there, and the model has "
                 f"{list(wanted.shape)}: check classes and image size"
             )
-        leaves.append(jnp.asarray(leaf))
+        is_param = _path(path).startswith("params/")
+        leaves.append(jnp.asarray(leaf, None if is_param else wanted.dtype))
+        bad = leaves[-1].size - int(jnp.isfinite(leaves[-1]).sum())
+        if bad:
+            raise ValueError(f"{source}: leaf {where} holds {bad} NaN or infinite values")
     if found:
         raise ValueError(
             f"{source} has {len(found)} leaves that model '{model.name}' has not, e.g. "
@@ -95,4 +100,13 @@ def _read_msgpack(file: Path) -> Any:
 def _read_orbax(folder: Path) -> Any:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    return ocp.load(str(folder.absolute()))
+    steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+    if steps:
+        raise ValueError(f"it has checkpoints of the steps {', '.join(steps)}: give one of these")
+    path = str(folder.absolute())
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever wrote them
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        ocp.metadata(path).metadata,
+    )
+    return ocp.load(path, template)

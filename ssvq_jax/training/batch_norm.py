@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from ssvq_jax.quantizers.base import check_integer
+from ssvq_jax.training.layout import Layout
 from ssvq_jax.training.step import Batch, Forward
 from ssvq_jax.tree import PyTree, leaf_path, leaves_by_path
 
@@ -44,6 +45,7 @@ def reestimate_batch_norm(
     batches: Iterable[Batch],
     count: int,
     key: Key[Array, ""],
+    layout: Layout | None = None,
 ) -> PyTree:
     """Replaces running averages by the statistics of some batches under the given parameters.
 
@@ -65,6 +67,7 @@ def reestimate_batch_norm(
             compiled again.
         count: how many batches to use.
         key: typed PRNG key, for dropout; every batch uses its own.
+        layout: the devices, over which batches are cut; None for the default one.
 
     Returns:
         The model state with new statistics, of the same dtypes; as given if it has none.
@@ -76,6 +79,8 @@ def reestimate_batch_norm(
     check_integer("count", count, least=1)
     if not model_state or not jax.tree.leaves(model_state.get(_COLLECTION)):
         return model_state
+    if layout is not None:
+        params, model_state, key = jax.device_put((params, model_state, key), layout.replicated)
     stats = _floats(model_state[_COLLECTION])
     zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in stats.items()}
     moments = _Moments(jnp.zeros(()), zeros, zeros, dict.fromkeys(stats, jnp.array(True)))
@@ -83,8 +88,11 @@ def reestimate_batch_norm(
     for batch in batches:
         if not np.all(batch.get("mask", True)):
             raise ValueError("a batch has padded examples, which would count: give training data")
-        batch_key = jax.random.fold_in(key, used)
-        moments = _observe(forward, moments, params, model_state, batch["image"], batch_key)
+        batch_key, images = jax.random.fold_in(key, used), batch["image"]
+        if layout is not None:
+            layout.check_batch(len(images))
+            images = jax.device_put(images, layout.batch)
+        moments = _observe(forward, moments, params, model_state, images, batch_key)
         used += 1
         if used == count:
             break

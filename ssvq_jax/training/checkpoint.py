@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import json
 import types
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssvq_jax.plan import Plan
 from ssvq_jax.tree import PyTree, leaves_by_path
@@ -51,6 +53,7 @@ class Checkpoints:
     Args:
         folder: where checkpoints are; made if it does not exist.
         seconds: least time between two that are not forced.
+        read_only: for reading; leaves alone what a run may be writing there at the moment.
 
     Example:
         >>> import tempfile
@@ -65,7 +68,9 @@ class Checkpoints:
         ([1.0, 1.0], {'batches': 3})
     """
 
-    def __init__(self, folder: Path, *, seconds: float = SAVE_SECONDS) -> None:
+    def __init__(
+        self, folder: Path, *, seconds: float = SAVE_SECONDS, read_only: bool = False
+    ) -> None:
         if not seconds >= 0:
             raise ValueError(f"save_seconds={seconds}: give 0 or more seconds between checkpoints")
         # Here, since importing orbax is slow.
@@ -77,7 +82,8 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True  # which leaves must be there is checked here
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                folder.mkdir(parents=True, exist_ok=True)
             self._checkpointer = ocp.training.Checkpointer(
                 str(folder.absolute()),
                 context=context,
@@ -96,7 +102,7 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=True,  # what an interrupt left
+                cleanup_tmp_directories=not read_only,  # what an interrupt left
             )
         except (OSError, ValueError) as error:
             raise OSError(
@@ -214,6 +220,20 @@ class Checkpoints:
         state = self._load(step, template, partial)
         return Restored(state, metadata["data"], metadata["notes"])
 
+    def check_asked(self, asked: Mapping[str, Any]) -> None:
+        """Compares what a run is asked for with the ``asked`` of the last checkpoint's notes.
+
+        Raises:
+            ValueError: if there is none, or another was asked for; it says what differs.
+        """
+        step = self._step("last")
+        found = differences(self._metadata(step)["notes"].get("asked", {}), asked)
+        if found:
+            raise ValueError(
+                f"{self._name(step)} is of another run ({'; '.join(found)}): give another folder, "
+                "or ask for the same to go on with it"
+            )
+
     def plan(self, which: Which = "last") -> Plan:
         """The plan that a checkpoint was saved with.
 
@@ -250,7 +270,9 @@ class Checkpoints:
     def _load(self, step: int, template: PyTree, partial: bool) -> PyTree:
         wanted = {name: _abstract(leaf) for name, leaf in _leaves(template).items()}
         try:
-            stored = dict(self._checkpointer.checkpointables_metadata(step).metadata[_STATE])
+            stored = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+            if stored is None:
+                raise ValueError("the list of its arrays is missing")
         except Exception as error:
             raise self._damaged(step, error) from error
         for name, leaf in wanted.items():
@@ -267,23 +289,66 @@ class Checkpoints:
             raise self._damaged(step, error) from error
         return _fill(template, found)
 
+    def _steps(self) -> list[int]:
+        """Steps on disk; orbax also counts one that it could not write."""
+        return [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+
     def _name(self, step: int) -> str:
         return f"checkpoint {self.folder / str(step)}"
 
     def _damaged(self, step: int, error: Exception) -> ValueError:
+        others = [other for other in self._steps() if other != step]
+        hint = f"go on from {max(others)}" if others else "let the run start over"
         return ValueError(
             f"{self._name(step)} cannot be read, or is damaged ({_reason(error)}): delete that "
-            "folder to go on from the one before, or start over with --no-resume"
+            f"folder to {hint}"
         )
 
     def _not_written(self, error: Exception) -> OSError:
-        # Orbax counts the one that failed; on disk only finished ones have a number for a name.
-        steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        steps = self._steps()
         last = f"the last good one is {max(steps)}" if steps else "there is none yet"
         return OSError(
             f"a checkpoint could not be written to {self.folder} ({_reason(error)}); {last}: make "
             "room on the disk and run the same command again"
         )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Says where two nested dictionaries of JSON values differ.
+
+    Example:
+        >>> differences({"rates": {"dense": 1, "sign": 2}}, {"rates": {"dense": 3, "sign": 2}})
+        ['rates.dense: 1 there, 3 now']
+    """
+    old, new = _flat(there), _flat(json.loads(json.dumps(here)))
+    return [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(data: Any, name: str = "") -> dict[str, Any]:
+    """Joins the keys of nested dictionaries by dots."""
+    if not isinstance(data, Mapping):
+        return {name: data}
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def checksum(tree: PyTree) -> str:
+    """CRC-32 of all bytes of a tree of arrays, in hexadecimal.
+
+    Example:
+        >>> checksum({"bias": jnp.zeros(2)})
+        '6522df69'
+    """
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
+    return f"{value:08x}"
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

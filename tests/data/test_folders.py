@@ -148,8 +148,42 @@ def test_which_names_are_folders(flat: pathlib.Path, monkeypatch: pytest.MonkeyP
         data.load_split("flat", "train", flat)
     with pytest.raises(ValueError, match="no data set 'some/flat' in .* is written './some/flat'"):
         data.load_split("some/flat", "train", flat)
+    for name in ("a/b/c", "my-photos", "cifar-10"):  # not even names of sets
+        with pytest.raises(
+            ValueError, match=f"no data set '{name}' in .* prepare it with"
+        ) as error:
+            data.load_split(name, "train", flat)
+        assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=f"no image folder no_such: .* {flat.parent}/no_such"):
         data.load_split("./no_such", "train")
+
+
+def test_photographs_are_turned_upright(tmp_path: pathlib.Path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[:, :3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png", exif=exif)
+    split = data.open_folder(tmp_path, "train")
+    assert split.image_shape == (6, 4, 3)
+    np.testing.assert_array_equal(split[0]["image"][:3], 255)
+    np.testing.assert_array_equal(split[0]["image"][3:], 0)
+
+
+def test_grey_and_transparent_files(tmp_path: pathlib.Path):
+    (tmp_path / "a").mkdir()
+    grey = Image.fromarray(np.full((3, 3), 7, np.uint8))
+    grey.save(tmp_path / "a" / "grey.png")
+    palette = grey.convert("P")
+    palette.info["transparency"] = bytes([0] * 256)
+    palette.save(tmp_path / "a" / "palette.png", transparency=bytes([0] * 256))
+    split = data.load_split(str(tmp_path), "train", channels=1)
+    assert split.image_shape == (3, 3, 1)
+    images, _ = split.take(range(2))
+    np.testing.assert_array_equal(images, 7)
 
 
 def test_splits_pickle(flat: pathlib.Path):

@@ -55,6 +55,14 @@ def test_embedded_digits(data_dir: pathlib.Path):
     np.testing.assert_array_equal(actual["image"], expected["image"])
 
 
+def test_a_pass_over_images_in_memory_starts_no_processes(
+    squares: data.ImageData, monkeypatch: pytest.MonkeyPatch
+):
+    many = dataclasses.replace(squares, workers=2)
+    assert many.evaluate("train", 4).workers == 0
+    assert many.train("train", 4, seed=0).workers == 2
+
+
 def test_own_size_is_not_cropped(squares: data.ImageData):
     images, _ = squares.open("train").take(range(4))
     for size in (None, 12):

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 import ssvq_jax as ssvq
+from ssvq_jax.training.batch_norm import reestimate_batch_norm
+from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.finetune import Task, finetune
 from ssvq_jax.training.layout import local_layout
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import linen_forward, make_evaluate, make_state, make_train_step
@@ -211,3 +214,45 @@ def test_the_step_for_eight_devices_lowers_for_accelerators(runs, platform):
     run = runs["sharded"]
     exported = jax.export.export(run["step"], platforms=(platform,))(run["state"], next(batches()))
     assert exported.nr_devices == DEVICES
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_devices(runs, start, tmp_path):
+    plan, saved = start[0], runs["sharded"]["state"]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(STEPS, saved, plan, data={}, notes={})
+        checkpoints.wait()
+        for name in ("one", "replicated", "sharded"):
+            layout = runs[name]["layout"]
+            found = checkpoints.restore(layout.shapes(runs[name]["state"]), plan).state
+            assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, saved.variables))
+            for leaf, sharding in zip(
+                jax.tree.leaves(found), jax.tree.leaves(layout.state(found)), strict=True
+            ):
+                assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            _, metrics = runs[name]["step"](found, next(batches()))
+            assert np.isfinite(metrics["loss"])
+
+
+def test_batch_statistics_are_measured_on_all_devices(runs, start):
+    plan = start[0]
+    state = runs["one"]["state"]
+    params = plan.finalize(state.variables).decode()
+    arguments = (params, state.model_state, batches(), 3, jax.random.key(0))
+    forward = linen_forward(Net())
+    one = reestimate_batch_norm(forward, *arguments)
+    arguments = (params, state.model_state, batches(), 3, jax.random.key(0))
+    many = reestimate_batch_norm(forward, *arguments, runs["replicated"]["layout"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), many, one)
+
+
+def test_finetune_refuses_a_batch_before_it_encodes(start):
+    task = Task(
+        linen_forward(Net()),
+        lambda seed: ({k: v[:20] for k, v in batch.items()} for batch in batches()),
+        list,
+    )
+    with pytest.raises(ValueError, match="a batch of 20 cannot be divided over 8 devices"):
+        finetune(
+            task, start[0], {}, key=jax.random.key(0), seed=0, steps=1, optimizer=OPTIMIZER,
+            name="x",
+        )  # fmt: skip

@@ -258,7 +258,7 @@ class CutIterator:
         self.inner.set_state(state)
 
 
-def run(folder, *, cut=None, steps=30, rules=RULES, optimizer=OPTIMIZER, **options):
+def run(folder, *, cut=None, steps=30, rules=RULES, optimizer=OPTIMIZER, scale=1.0, **options):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (48, 8, 8, 1), dtype=np.uint8)
     source = ArraySplit(images, np.arange(48, dtype=np.int32) % 4, 4)
@@ -269,6 +269,7 @@ def run(folder, *, cut=None, steps=30, rules=RULES, optimizer=OPTIMIZER, **optio
 
     task = Task(linen_forward(MODEL), batches, lambda: eval_batches(source, 48))
     params = jax.jit(MODEL.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+    params = jax.tree.map(lambda leaf: scale * leaf, params)
     folder.mkdir(exist_ok=True)
     with Checkpoints(folder / "checkpoints", seconds=0.0) as checkpoints:
         return finetune(
@@ -318,9 +319,38 @@ def test_a_run_with_another_recipe_or_optimizer_is_not_continued(tmp_path):
     other = [("blocks_0/.*kernel", ssvq.SignSplit(codewords=8, dim=4)), (".*", None)]
     with pytest.raises(ValueError, match="is of another plan"):
         run(tmp_path, rules=other)
-    with pytest.raises(ValueError, match="'opt_state/.*bfloat16"):
+    with pytest.raises(ValueError, match="optimizer.moment_dtype: 'float32' there"):
         run(tmp_path, optimizer=OptimizerConfig(**{**vars(OPTIMIZER), "moment_dtype": "bfloat16"}))
     assert run(tmp_path).records[-1]["step"] == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 40}, "steps: 30 there, 40 now"),
+        ({"optimizer": OptimizerConfig(dense=0.5)}, "optimizer.dense: 0.01 there, 0.5 now"),
+        ({"batch_norm_batches": 2}, "batch_norm_batches: 0 there, 2 now"),
+        ({"scale": 2.0}, "weights: '"),
+    ],
+)
+def test_a_finished_run_is_not_taken_for_another(tmp_path, change, message):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=f"is of another run .*{message}"):
+        run(tmp_path, **change)
+
+
+def test_reading_leaves_alone_what_is_being_written(tmp_path):
+    tree = {"w": jnp.arange(4_000_000, dtype=jnp.float32)}
+    plan = dense_plan(tree)
+    with Checkpoints(tmp_path) as writer:
+        writer.save(1, tree, plan, data={}, notes={})
+        writer.wait()
+        writer.save(2, tree, plan, data={}, notes={})
+        with Checkpoints(tmp_path, read_only=True) as reader:
+            assert reader.last in (1, 2)
+        writer.wait()  # nothing was taken from under it
+        assert bits(writer.restore(tree, plan).state) == bits(tree)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_batches_without_a_position_cannot_be_resumed(tmp_path):

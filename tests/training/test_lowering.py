@@ -10,6 +10,7 @@ import pytest
 
 import ssvq_jax as ssvq
 from ssvq_jax.models import create, param_shapes
+from ssvq_jax.models.vit import Block
 from ssvq_jax.recipe import load_recipe
 from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import linen_forward, make_state, make_train_step
@@ -53,6 +54,28 @@ def test_train_step(recipe, platform):
     assert jax.tree.all(same)
     signs = {"flipped", "frozen"} if recipe == "ssvq-21x" else set()
     assert set(metrics) == {"loss", "accuracy"} | signs
+
+
+@platforms
+def test_train_step_with_all_options(platform):
+    model = create("deit_digits")
+    shapes = param_shapes(model)
+    half = ssvq.SignSplit(codewords=16, dim=8, latent_dtype="bfloat16")
+    plan = ssvq.make_plan(shapes, [("blocks_.*kernel", half), (".*", None)])
+    variables = jax.eval_shape(plan.init, jax.random.key(0), shapes)
+    tx = make_optimizer(plan, 100, OptimizerConfig(accumulate=2, moment_dtype="bfloat16"))
+    forward = linen_forward(model, remat=Block)
+    state = jax.eval_shape(
+        lambda variables, key: make_state(forward, variables, tx, key),
+        variables, jax.random.key(0),
+    )  # fmt: skip
+    batch = {
+        "image": jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32),
+        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
+    }
+    step = make_train_step(plan, remat=True)
+    exported = jax.export.export(step, platforms=(platform,))(state, batch)
+    assert exported.platforms == (platform,)
 
 
 @platforms
