@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ssvq_jax.cli.options import BatchOptions, ModelOptions
+from ssvq_jax.training.checkpoint import Which
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class EvalCommand(BatchOptions, ModelOptions):
 
     eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
     """Split to evaluate on."""
-    which: Literal["last", "best"] = "last"
+    which: Which = "last"
     """The run's last state, or the one with the least validation loss."""
     out: Path | None = None
     """Folder for the results; by default that of the run."""

@@ -2,10 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ssvq_jax.cli.options import BatchOptions, FolderOptions, ModelOptions, to_json
 from ssvq_jax.cli.weights import Weights, initial_weights, open_weights, run_config
+from ssvq_jax.training.checkpoint import Which
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.data import ImageData
@@ -80,7 +81,7 @@ def set_up(
     options: OptionsT,
     *,
     augment: str = "none",
-    which: Literal["last", "best"] = "last",
+    which: Which = "last",
     initial: bool = False,
     compressed: bool = True,
 ) -> Setup[OptionsT]:

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.run_folder import read_config
-from ssvq_jax.training.checkpoint import Checkpoints, checksum
+from ssvq_jax.training.checkpoint import Checkpoints, Which, checksum
 from ssvq_jax.tree import leaf_path, split
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
@@ -52,7 +52,7 @@ def open_weights(
     path: Path | None,
     model: "LoadedModel",
     image_shape: tuple[int, int, int],
-    which: Literal["last", "best"] = "last",
+    which: Which = "last",
 ) -> Weights:
     """Takes weights from a run, a file, an orbax checkpoint, or what the model came with.
 
@@ -85,7 +85,7 @@ def open_weights(
     return Weights(params, variables, None, None, origin)
 
 
-def _from_run(path: Path, shapes: Mapping[str, Any], which: Literal["last", "best"]) -> Weights:
+def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
     """Reads what a run has come to."""
     import jax
 
