@@ -42,7 +42,9 @@ class EvalCommand(BatchOptions, ModelOptions):
 
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out={self.out} is a file: give a folder")
-        setup = set_up(self, which=self.which)
+        run = run_config(self.weights) or {}
+        # Batch statistics are those of the run's training images, as it saw them.
+        setup = set_up(self, augment=run.get("augment", "none"), which=self.which)
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         layout = local_layout(self.devices)
         task = make_task(model, images, setup.batch_size, devices=layout.devices)
@@ -50,7 +52,7 @@ class EvalCommand(BatchOptions, ModelOptions):
         plan = weights.plan or make_plan(params, [(".*", None)])
         if weights.variables is not None:
             params = plan.finalize(weights.variables).decode()
-        if setup.batch_norm_batches:  # as the run did before it judged this state
+        if setup.batch_norm_batches:
             batches = task.train_batches(setup.seed)
             key = jax.random.split(jax.random.key(setup.seed))[1]
             state = reestimate_batch_norm(
@@ -68,7 +70,7 @@ class EvalCommand(BatchOptions, ModelOptions):
             "after": found._asdict(),
         }
         print_outcome(f"{self.which} state, split {images.held_out}", results)
-        folder = self.out or (self.weights if run_config(self.weights) else None)
+        folder = self.out or (self.weights if run else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             safe = "".join(c if c.isalnum() else "_" for c in images.held_out)

@@ -177,7 +177,7 @@ def test_the_best_state_is_judged_as_it_was_in_the_run(ssvq, project):
     out = project / "runs/best"
     ssvq("train", *IMAGES[:2], "--data", "./noise", "--out", out, "--steps", "20",
          "--validate-every", "4", "--batch-norm-batches", "3", "--batch-size", "24",
-         "--learning-rate", "0.05")  # fmt: skip
+         "--learning-rate", "1", "--augment", "cifar", "--warmup-share", "1")  # fmt: skip
     losses = {
         record["step"]: record["validation_loss"]
         for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
