@@ -116,10 +116,11 @@ params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
 
 # %%
 from ssvq_jax.training.checkpoint import Checkpoints
-from ssvq_jax.training.finetune import RunOptions, Task, finetune
+from ssvq_jax.training.finetune import finetune
 from ssvq_jax.training.layout import local_layout
 from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.optimizer import OptimizerConfig
+from ssvq_jax.training.run import RunOptions, Task
 from ssvq_jax.training.step import linen_forward
 
 layout = local_layout()  # all devices; they share each batch

@@ -28,9 +28,10 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
         from ssvq_jax.cli.setup import make_task, set_up
         from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import plot_analysis, print_bits, print_outcome, provenance
-        from ssvq_jax.training.finetune import RunOptions, finetune
+        from ssvq_jax.training.finetune import finetune
         from ssvq_jax.training.layout import local_layout
         from ssvq_jax.training.optimizer import OptimizerConfig
+        from ssvq_jax.training.run import RunOptions
         from ssvq_jax.training.step import make_evaluate
 
         setup = set_up(self, compressed=False)

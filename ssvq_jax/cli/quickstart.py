@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.cli.run_folder import RunFolder
     from ssvq_jax.plan import Plan
-    from ssvq_jax.training.finetune import Finetuned, Task
+    from ssvq_jax.training.finetune import Finetuned
     from ssvq_jax.training.optimizer import OptimizerConfig
+    from ssvq_jax.training.run import Task
     from ssvq_jax.tree import PyTree
 
 MODEL = "deit_digits"
@@ -138,8 +139,8 @@ def load_task(command: QuickstartCommand, split: str) -> "Task":
     from ssvq_jax import data
     from ssvq_jax.cli.setup import round_up
     from ssvq_jax.models import create
-    from ssvq_jax.training.finetune import Task
     from ssvq_jax.training.layout import local_layout
+    from ssvq_jax.training.run import Task
     from ssvq_jax.training.step import linen_forward
 
     train = data.load_split(data.EMBEDDED_NAME, "train", command.data_dir)
@@ -222,8 +223,9 @@ def _run(
     **settings: Any,
 ) -> "Finetuned":
     """Fine-tunes, saved in a folder if there is one."""
-    from ssvq_jax.training.finetune import RunOptions, finetune
+    from ssvq_jax.training.finetune import finetune
     from ssvq_jax.training.layout import local_layout
+    from ssvq_jax.training.run import RunOptions
 
     settings["options"] = RunOptions(layout=local_layout(command.devices))
     if folder is None:
@@ -263,7 +265,7 @@ def tuned_optimizer(plan: "Plan") -> "OptimizerConfig":
 
 
 def _recipes(plans: "dict[str, tuple[str, Plan]]") -> dict[str, Any]:
-    """What the recipes say, since a file may change between two sittings."""
+    """What the recipes say, since a file may change before a run goes on."""
     return {label: plan.to_json()["recipe"] for label, (_, plan) in plans.items()}
 
 

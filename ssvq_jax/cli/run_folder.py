@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# How a run is carried out, or where its data lie, may change between two sittings.
+# How a run is carried out, or where its data lie, may change when a run goes on.
 _MAY_CHANGE = frozenset(
     {"out", "resume", "save_seconds", "data_dir", "workers", "devices", "shard_state", "remat"}
 )
@@ -121,7 +121,7 @@ def _delete(path: Path) -> None:
 
 
 def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    from ssvq_jax.training.checkpoint import differences
+    from ssvq_jax.training.identity import differences
 
     if found["command"] != wanted["command"]:
         different = [f"a run of ssvq {found['command']}"]

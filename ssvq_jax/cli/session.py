@@ -43,9 +43,10 @@ def carry_out(
     import jax
 
     from ssvq_jax.report import plot_accuracy, plot_signs, provenance
-    from ssvq_jax.training.finetune import RunOptions, finetune
+    from ssvq_jax.training.finetune import finetune
     from ssvq_jax.training.layout import local_layout
     from ssvq_jax.training.optimizer import make_optimizer
+    from ssvq_jax.training.run import RunOptions
 
     options, images, weights = setup.options, setup.images, setup.weights
     layout = local_layout(options.devices, shard_state=options.shard_state)

@@ -11,7 +11,7 @@ from ssvq_jax.training.checkpoint import Which
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.data import ImageData
     from ssvq_jax.models import LoadedModel
-    from ssvq_jax.training.finetune import Task
+    from ssvq_jax.training.run import Task
 
 EVAL_BATCH = 256
 
@@ -193,7 +193,7 @@ def make_task(
 ) -> "Task":
     """The model with its data; batches for evaluation are such that the devices divide them."""
     from ssvq_jax.models.vit import Block
-    from ssvq_jax.training.finetune import Task
+    from ssvq_jax.training.run import Task
     from ssvq_jax.training.step import linen_forward
 
     blocks = Block if remat and has_blocks(model) else None

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.run_folder import read_config
-from ssvq_jax.training.checkpoint import Checkpoints, Which, checksum
+from ssvq_jax.training.checkpoint import Checkpoints, Which
+from ssvq_jax.training.identity import checksum
 from ssvq_jax.tree import leaf_path, split
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used

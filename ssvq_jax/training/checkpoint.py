@@ -9,16 +9,15 @@ import contextlib
 import dataclasses
 import json
 import types
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ssvq_jax.plan import Plan
+from ssvq_jax.training.identity import check_leaf, check_plan, differences, plain
 from ssvq_jax.tree import PyTree, leaves_by_path
 
 FORMAT = 1
@@ -170,7 +169,7 @@ class Checkpoints:
         Raises:
             OSError: if this or the previous checkpoint could not be written.
         """
-        metadata = {"format": FORMAT, "plan": _plain(plan), "data": data, "notes": notes}
+        metadata = {"format": FORMAT, "plan": plain(plan), "data": data, "notes": notes}
         try:
             self._writing = self._checkpointer.save_checkpointables_async(
                 step,
@@ -216,7 +215,7 @@ class Checkpoints:
         """
         step = self._step(which)
         metadata = self._metadata(step)
-        _check_plan(self._name(step), metadata["plan"], _plain(plan))
+        check_plan(self._name(step), metadata["plan"], plain(plan))
         state = self._load(step, template, partial)
         return Restored(state, metadata["data"], metadata["notes"])
 
@@ -276,7 +275,7 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
         for name, leaf in wanted.items():
-            _check_leaf(self._name(step), name, leaf, stored.get(name))
+            check_leaf(self._name(step), _unescape(name), leaf, stored.get(name))
         extra = sorted(set(stored) - set(wanted))
         if extra and not partial:
             raise ValueError(
@@ -313,44 +312,6 @@ class Checkpoints:
         )
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Says where two nested dictionaries of JSON values differ.
-
-    Example:
-        >>> differences({"rates": {"dense": 1, "sign": 2}}, {"rates": {"dense": 3, "sign": 2}})
-        ['rates.dense: 1 there, 3 now']
-    """
-    old, new = _flat(there), _flat(json.loads(json.dumps(here)))
-    return [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _flat(data: Any, name: str = "") -> dict[str, Any]:
-    """Joins the keys of nested dictionaries by dots."""
-    if not isinstance(data, Mapping):
-        return {name: data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{name}.{key}" if name else str(key))
-    return flat
-
-
-def checksum(tree: PyTree) -> str:
-    """CRC-32 of all bytes of a tree of arrays, in hexadecimal.
-
-    Example:
-        >>> checksum({"bias": jnp.zeros(2)})
-        '6522df69'
-    """
-    value = 0
-    for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
-    return f"{value:08x}"
-
-
 def _leaves(tree: PyTree) -> dict[str, Any]:
     """Leaves by name; orbax cannot store empty ones, and reads a dot in a name as a level."""
     return {
@@ -378,40 +339,6 @@ def _fill(template: PyTree, found: Mapping[str, Any]) -> PyTree:
     return jax.tree.map(
         lambda leaf: next(read) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype), template
     )
-
-
-def _check_leaf(checkpoint: str, name: str, wanted: jax.ShapeDtypeStruct, stored: Any) -> None:
-    """Orbax would cast and cut silently."""
-    if stored is None:
-        raise ValueError(
-            f"{checkpoint} lacks the leaf '{_unescape(name)}': it was saved with another model or "
-            "optimizer"
-        )
-    if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key):  # stored as its words
-        wanted = jax.eval_shape(jax.random.key_data, wanted)
-    there, here = (f"{jnp.dtype(x.dtype).name}{list(x.shape)}" for x in (stored, wanted))
-    if there != here:
-        raise ValueError(
-            f"{checkpoint}: leaf '{_unescape(name)}' is {there} there and {here} in this run: "
-            "resume with the options it was saved with"
-        )
-
-
-def _plain(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON gives it back: lists for tuples."""
-    return json.loads(json.dumps(plan.to_json()))
-
-
-def _check_plan(checkpoint: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if stored == wanted:
-        return
-    if stored.get("recipe") != wanted["recipe"]:
-        what = f"the recipe {stored.get('recipe')}, this run {wanted['recipe']}"
-    else:
-        there, here = ({leaf["path"]: leaf for leaf in x["leaves"]} for x in (stored, wanted))
-        path = next(path for path in [*there, *here] if there.get(path) != here.get(path))
-        what = f"for leaf '{path}' {there.get(path)}, this run {here.get(path)}"
-    raise ValueError(f"{checkpoint} is of another plan: it has {what}; resume with the same recipe")
 
 
 def _reason(error: BaseException) -> str:

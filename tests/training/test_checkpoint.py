@@ -12,9 +12,10 @@ import ssvq_jax as ssvq
 from ssvq_jax.data import ArraySplit, Shift, eval_batches, train_batches
 from ssvq_jax.models import ViT, ViTConfig
 from ssvq_jax.training.checkpoint import Checkpoints
-from ssvq_jax.training.finetune import RunOptions, Task, finetune
+from ssvq_jax.training.finetune import finetune
 from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
+from ssvq_jax.training.run import RunOptions, Task
 from ssvq_jax.training.step import linen_forward
 from ssvq_jax.tree import leaves_by_path
 
