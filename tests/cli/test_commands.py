@@ -259,7 +259,7 @@ def test_a_terminated_run_saves_and_goes_on(trained, project):
     assert errors.decode().strip() == message
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     saved = [int(x.name) for x in (project / "runs/cut/checkpoints/model").iterdir()]
-    assert max(saved) == last < 3000  # saved where it stopped, not an hour before
+    assert last <= max(saved) < last + 10  # saved where it stopped, not an hour before
 
 
 @pytest.mark.parametrize(
