@@ -172,14 +172,9 @@ plan = ssvq.make_plan(
     ],
 )
 print(plan)
-small = run(
-    "ssvq",
-    plan,
-    trained.packed.params,
-    trained.state.model_state,
-    STEPS,
-    OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3),
-)
+rates = OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3)
+start = trained.packed.params, trained.state.model_state
+small = run("ssvq", plan, *start, STEPS, rates)
 stages = {"float": trained.after, "compressed": small.before, "fine-tuned": small.after}
 print(", ".join(f"{name} {100 * found.accuracy:.2f} %" for name, found in stages.items()))
 
@@ -204,14 +199,7 @@ for name in ("accuracy.png", "signs.png"):
 # `packed.decode()` gives plain parameters for any use.
 
 # %%
-again = run(
-    "ssvq",
-    plan,
-    trained.packed.params,
-    trained.state.model_state,
-    STEPS,
-    OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3),
-)
+again = run("ssvq", plan, *start, STEPS, rates)
 weights = again.packed.decode()
 same = jax.tree.map(lambda a, b: bool((a == b).all()), weights, small.packed.decode())
 assert jax.tree.all(same)

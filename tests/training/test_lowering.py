@@ -16,6 +16,10 @@ from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import linen_forward, make_state, make_train_step
 
 RECIPES = ["ssvq-21x", "vq-21x", "uniform-2bit"]
+BATCH = {
+    "image": jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32),
+    "label": jax.ShapeDtypeStruct((64,), jnp.int32),
+}
 platforms = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 
 
@@ -43,11 +47,7 @@ def test_train_step(recipe, platform):
         lambda variables, key: make_state(forward, variables, tx, key),
         variables, jax.random.key(0),
     )  # fmt: skip
-    batch = {
-        "image": jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32),
-        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
-    }
-    exported = jax.export.export(make_train_step(plan), platforms=(platform,))(state, batch)
+    exported = jax.export.export(make_train_step(plan), platforms=(platform,))(state, BATCH)
     assert exported.platforms == (platform,)
     next_state, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), next_state, state)
@@ -69,12 +69,8 @@ def test_train_step_with_all_options(platform):
         lambda variables, key: make_state(forward, variables, tx, key),
         variables, jax.random.key(0),
     )  # fmt: skip
-    batch = {
-        "image": jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32),
-        "label": jax.ShapeDtypeStruct((64,), jnp.int32),
-    }
     step = make_train_step(plan, remat=True)
-    exported = jax.export.export(step, platforms=(platform,))(state, batch)
+    exported = jax.export.export(step, platforms=(platform,))(state, BATCH)
     assert exported.platforms == (platform,)
 
 
