@@ -93,10 +93,13 @@ def fit(
             if metrics is not None:
                 metrics.append(records[-1])
             progress.update(task, completed=done, figures=_readable(records[-1]))
-            if keep is not None and done < steps:
-                force = judged or bool(stopped)
-                keep(state, done, loss=figures.get("validation_loss"), force=force)
-            if stopped and done < steps:
+            if done == steps:
+                break
+            stop = bool(stopped)  # read once: a signal from here on ends the next step
+            if keep is not None:
+                loss = figures.get("validation_loss")
+                keep(state, done, loss=loss, force=judged or stop)
+            if stop:
                 raise KeyboardInterrupt
     return state, records
 

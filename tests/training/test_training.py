@@ -1,4 +1,5 @@
 import json
+import signal
 
 import flax.linen as nn
 import jax
@@ -189,6 +190,25 @@ def test_divergence_is_named():
     broken = iter([examples() | {"image": np.full((64, 4, 4, 1), np.nan, np.float32)}] * 10)
     with pytest.raises(ValueError, match="run: the loss is nan at step 10: use lower"):
         fit(state, make_train_step(plan), broken, 10, name="run")
+
+
+def test_a_signal_while_a_state_is_kept_ends_the_next_step_with_a_save():
+    params = init()["params"]
+    plan = ssvq.make_plan(params, RULES)
+    state = make_state(
+        task().forward, plan.init(jax.random.key(0), params), make_optimizer(plan, 40, FAST),
+        jax.random.key(2),
+    )  # fmt: skip
+    kept = []
+
+    def keep(state, step, *, loss, force):
+        kept.append((step, force))
+        if step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(state, make_train_step(plan), endless(), 40, name="run", keep=keep)
+    assert kept == [(10, False), (11, True)]
 
 
 def test_without_freezing_signs_are_observed_and_never_frozen():
