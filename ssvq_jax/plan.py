@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from ssvq_jax import tree
 from ssvq_jax.bits import BitsTable, bits_table
+from ssvq_jax.clustering.progress import bar_over
 from ssvq_jax.entries import Entry, check_importance, gather_calibration, match_rules
-from ssvq_jax.quantizers import Calibration, Encoded, Quantizer
+from ssvq_jax.quantizers import Calibration, Quantizer
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
 
@@ -46,13 +47,18 @@ class Plan:
         key: Key[Array, ""],
         params: PyTree,
         calibration: Mapping[str, Calibration] | None = None,
+        *,
+        progress: bool = False,
     ) -> dict[str, Any]:
         """Encodes the weights.
+
+        Call it outside of ``jax.jit``: leaves of similar size then share compiled code.
 
         Args:
             key: typed PRNG key; every entry uses its own, derived from its name.
             params: the tree of float arrays the plan was made for.
             calibration: what data say about leaves, by leaf path; optional, leaf by leaf.
+            progress: show a progress bar over the entries.
 
         Returns:
             The collections: ``params`` (the dense leaves; None in the holes), ``vq`` (floats that
@@ -71,14 +77,12 @@ class Plan:
         for path, found in calibration.items():
             check_importance(path, arrays[path].shape, found)
         learned, fixed = {}, {}
-        for entry in self.entries:
-            for leaf in entry.leaves:
-                _check_finite(leaf.path, arrays[leaf.path])
+        for leaf in (leaf for entry in self.entries for leaf in entry.leaves):
+            _check_finite(leaf.path, arrays[leaf.path])
+        for entry in bar_over(self.entries, "encoding") if progress else self.entries:
             found = gather_calibration(entry, calibration)
             entry_key = jax.random.fold_in(key, zlib.crc32(entry.name.encode()))
-            encoded = _encode(
-                entry.quantizer, _nameless(entry.spec), entry_key, entry.gather(arrays), found
-            )
+            encoded = entry.quantizer.init(entry_key, entry.gather(arrays), entry.spec, found)
             learned[entry.name] = encoded.learned
             if encoded.fixed:
                 fixed[entry.name] = encoded.fixed
@@ -242,22 +246,6 @@ def make_plan(params: PyTree, rules: Iterable[Rule | tuple[str, Quantizer | None
 def _bind(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> Plan:
     leaves, entries = match_rules(recipe, specs)
     return Plan(recipe, tuple(leaves), tuple(entries))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(
-    quantizer: Quantizer,
-    spec: LeafSpec,
-    key: Key[Array, ""],
-    weight: Float[Array, "..."],
-    calibration: Calibration | None,
-) -> Encoded:
-    return quantizer.init(key, weight, spec, calibration)
-
-
-def _nameless(spec: LeafSpec) -> LeafSpec:
-    """Drops the path, so that leaves of equal shape share one compiled encoder."""
-    return dataclasses.replace(spec, path="")
 
 
 def _check_finite(path: str, weight: Any) -> None:

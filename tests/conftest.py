@@ -2,7 +2,9 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -35,6 +37,23 @@ def as_installed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def on_eight_devices() -> Callable[[pathlib.Path], None]:
+    """Runs a file of tests in a process of its own with eight devices, which JAX then keeps."""
+
+    def run(checks: pathlib.Path) -> None:
+        environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
+            env=environment, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,15 +1,15 @@
-"""Nearest-centroid assignment, one tile of sub-vectors at a time."""
+"""Nearest-centroid assignment, exact, one tile of sub-vectors at a time."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ssvq_jax.clustering.checks import check_centroids, check_points
+from ssvq_jax.clustering.compilation import compiled
+from ssvq_jax.clustering.problem import Tile, bucketed, make_problem
 
-# Scores held at once (sub-vectors of a tile times centroids). 2^18 floats are 1 MiB: the tile
-# stays in a CPU core's L2 cache between the product and its two reductions.
-_TILE_SCORES = 2**18
+# Products unrolled into one loop body: longer ones take longer to compile and are no faster.
+_UNROLLED = 256
 
 
 def assign(
@@ -22,9 +22,10 @@ def assign(
     """Finds the nearest centroid of every sub-vector; of equally near ones, the lowest index.
 
     The distance is sum_j w_ij (x_ij - c_j)^2, with w the element weights times the mask (all ones
-    by default). Every centroid is compared, in float32: distances that differ by no more than its
-    rounding may trade places. At most 2^18 distances (or one sub-vector's) exist at a time. A
-    sub-vector without a weighted coordinate gets code 0.
+    by default). Every centroid is compared, by sums of squared differences in float32: nothing
+    cancels, whatever the points' norms, and only distances within some 2^-23 (d + 2) of each other
+    may trade places. A sub-vector without a weighted coordinate gets code 0. Memory besides the
+    arguments and the codes is that of one tile, some 16 MiB on a CPU.
 
     Args:
         points: sub-vectors, `[n, d]`, any float dtype.
@@ -46,89 +47,78 @@ def assign(
     """
     check_points(points, weights, mask)
     check_centroids("centroids", centroids, points)
-    return _assign(points, centroids, weights, mask)
+    rows = points.shape[0]
+    if rows == 0:
+        return jnp.zeros(0, jnp.int32)
+    if weights is not None and weights.ndim == 1:
+        weights = None
+    points, weights, mask = bucketed(points, weights, mask)
+    return _assign(points, centroids, weights, mask, jnp.int32(rows))[:rows]
 
 
-@jax.jit
-def _assign(
+def _run(
     points: Float[Array, "n d"],
     centroids: Float[Array, "k d"],
-    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
+    weights: Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
+    count: Int32[Array, ""],
 ) -> Int32[Array, " n"]:
-    centroids = centroids.astype(jnp.float32)
-    elements = element_weights(weights, mask)
-    shape = tile_shape(points.shape[0], centroids.shape[0])
-    tiles = (
-        into_tiles(points.astype(jnp.float32), shape),
-        None if elements is None else into_tiles(elements, shape),
-    )
-    codes = lax.map(lambda tile: nearest(tile[0], centroids, tile[1]), tiles)
-    return codes.reshape(-1)[: points.shape[0]]
+    problem = make_problem(points, weights, mask, count, centroids)
+    scaled = centroids.astype(jnp.float32) * problem.scale
+
+    def visit(tile: Tile, codes: Int32[Array, " n"]) -> Int32[Array, " n"]:
+        return lax.dynamic_update_slice(codes, nearest(tile, scaled)[0], (tile.start,))
+
+    return problem.fold(visit, jnp.zeros(problem.rows, jnp.int32))
+
+
+_assign = compiled(_run)
 
 
 def nearest(
-    points: Float[Array, "t d"],
-    centroids: Float[Array, "k d"],
-    elements: Float[Array, "t d"] | None,
-) -> Int32[Array, " t"]:
-    """Calculates the codes of one tile, with all its scores `[k, t]` in memory.
+    tile: Tile, centroids: Float32[Array, "k d"]
+) -> tuple[Int32[Array, " t"], Float32[Array, " t"]]:
+    """Finds the nearest centroid of every sub-vector of a tile, and how far it is.
 
-    A score is half the squared distance less the term that all centroids share, in one product
-    with the norms folded in: s_ki = <(c_k, |c_k|^2 / 2), (-x_i, 1)>, and with element weights
-    s_ki = <(c_k, c_k^2 / 2), (-w_i x_i, w_i)>.
+    A loop over blocks of centroids, unrolled within a block, keeps the least distance so far and
+    its index, sub-vector by sub-vector: the machine sees one long elementwise loop, which it
+    vectorises over the sub-vectors, and no distance but the least is ever stored.
+
+    Args:
+        tile: sub-vectors, scaled.
+        centroids: `[k, d]` float32, scaled alike.
+
+    Returns:
+        Codes `[t]` int32, and sum_j w_ij (x_ij - c_j)^2 for them, `[t]` float32.
     """
-    codewords = centroids.shape[0]
-    # An offset common to points and centroids would cancel in s only after costing digits. The
-    # median is one of the centroids' own values, so differences of values on a grid (integers,
-    # duplicates) stay exact and true ties stay ties; and one far centroid does not move it.
-    centre = jnp.sort(centroids, axis=0)[codewords // 2][None]
-    points, centroids = points - centre, centroids - centre
-    half = 0.5 * jnp.square(centroids)
-    if elements is None:
-        half = half.sum(axis=1, keepdims=True)
-        points, elements = -points, jnp.ones((points.shape[0], 1), jnp.float32)
-    else:
-        points = -elements * points
-    # Full float32: accelerators would otherwise round the factors to bfloat16 or tf32.
-    scores = lax.dot_general(
-        jnp.concatenate([centroids, half], axis=1),
-        jnp.concatenate([points, elements], axis=1),
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-    )
-    # Two minima in place of argmin, which XLA does not vectorise on the CPU. The barrier keeps
-    # both from computing the scores anew, each with its own rounding.
-    scores = lax.optimization_barrier(scores)
-    best = scores.min(axis=0, keepdims=True)
-    index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    codes = jnp.where(scores == best, index, codewords).min(axis=0)
-    return jnp.minimum(codes, codewords - 1)  # NaN equals no minimum; codes must stay in range
+    codewords, dim = centroids.shape
+    elements = None if tile.elements is None else [tile.elements[:, j] for j in range(dim)]
+    size = max(1, min(codewords, _UNROLLED // dim // (1 if elements is None else 2), 16))
 
+    def distance(centroid: Float32[Array, " d"]) -> Float32[Array, " t"]:
+        total = None
+        for j in range(dim):
+            square = jnp.square(tile.columns[j] - centroid[j])
+            if elements is not None:
+                square = elements[j] * square
+            total = square if total is None else total + square
+        assert total is not None
+        return total
 
-def tile_shape(count: int, codewords: int) -> tuple[int, int]:
-    """Chooses (tiles, sub-vectors a tile) for `count` sub-vectors, evenly, with little padding."""
-    largest = max(1, _TILE_SCORES // codewords)
-    tiles = max(1, -(-count // largest))
-    return tiles, max(1, -(-count // tiles))
+    def visit(block: Int32[Array, ""] | int, state: Array) -> Array:
+        # One complex array holds distance and index: two arrays would be the results of two loops,
+        # each of which computed all distances.
+        least, index = lax.real(state), lax.imag(state)
+        first = jnp.minimum(jnp.asarray(block, jnp.int32) * size, codewords - size)
+        for place in range(size):
+            other = distance(lax.dynamic_index_in_dim(centroids, first + place, keepdims=False))
+            nearer = other < least
+            least = jnp.where(nearer, other, least)
+            index = jnp.where(nearer, (first + place).astype(jnp.float32), index)
+        return lax.complex(least, index)
 
-
-def into_tiles(
-    values: Float[Array, " n *rest"], shape: tuple[int, int]
-) -> Float[Array, "m t *rest"]:
-    """Pads the leading axis with zeros to `shape[0] * shape[1]` and splits it so."""
-    padding = shape[0] * shape[1] - values.shape[0]
-    values = jnp.pad(values, [(0, padding)] + [(0, 0)] * (values.ndim - 1))
-    return values.reshape(*shape, *values.shape[1:])
-
-
-def element_weights(
-    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
-    mask: Bool[Array, "n d"] | None,
-) -> Float[Array, "n d"] | None:
-    """Joins weights per element and mask to one float32 `[n, d]`; None where all are one."""
-    elements = None if mask is None else mask.astype(jnp.float32)
-    if weights is not None and weights.ndim == 2:
-        weights = weights.astype(jnp.float32)
-        elements = weights if elements is None else weights * elements
-    return elements
+    shape = tile.points.shape[:1]
+    start = lax.complex(jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32))
+    blocks = tile.hidden(-(-codewords // size))
+    state = lax.fori_loop(jnp.int32(0), blocks, visit, start)
+    return lax.imag(state).astype(jnp.int32), lax.real(state)

@@ -4,9 +4,13 @@ Shapes and dtypes are checked always, values only where they are known: under `j
 and `jax.lax.map` the caller has to vouch for them.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 
@@ -82,6 +86,75 @@ def check_centroids(name: str, centroids: Float[Array, "k d"], points: Float[Arr
             f"as wide as the points {points.shape}"
         )
     _check_finite(name, centroids)
+
+
+def check_options(
+    points: Float[Array, "n d"],
+    codewords: int,
+    iterations: int,
+    init: Any,
+    seedings: Sequence[str],
+) -> None:
+    """Checks the size of a problem and its start; `check_points` has passed before.
+
+    Raises:
+        ValueError: for numbers out of range, and an unknown or unfit start.
+    """
+    rows, dim = points.shape
+    if codewords < 1:
+        raise ValueError(f"k={codewords} codewords asked for: pass 1 or more")
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations} asked for: pass 1 or more")
+    if codewords > rows:
+        raise ValueError(
+            f"k={codewords} is larger than the number of sub-vectors n={rows}: "
+            "pass fewer codewords or narrower sub-vectors"
+        )
+    if isinstance(init, str):
+        if init not in seedings:
+            raise ValueError(
+                f"init={init!r} is unknown: pass one of {seedings} or centroids "
+                f"[{codewords}, {dim}]"
+            )
+        if init == "quantile" and dim != 1:
+            raise ValueError(f"init='quantile' needs d=1, not d={dim}: pass init='k-means++'")
+    elif init.shape[:1] != (codewords,):
+        raise ValueError(f"init has {len(init)} rows: pass k={codewords} of them")
+
+
+def check_modes(
+    init: Any,
+    restarts: int,
+    tolerance: float | None,
+    batch: int | None,
+    batch_range: tuple[int, int],
+    mesh: Mesh | None,
+    axis: str,
+) -> None:
+    """Checks how a problem is to be iterated.
+
+    Raises:
+        ValueError: for an option out of range, or options that do not go together.
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts={restarts} asked for: pass 1 or more")
+    if restarts > 1 and (not isinstance(init, str) or init == "quantile"):
+        raise ValueError(
+            f"restarts={restarts} would all start alike: pass restarts=1, or init='k-means++'"
+        )
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: pass a share of the objective in [0, 1)")
+    if batch is not None:
+        least, most = batch_range
+        if not least <= batch <= most:
+            raise ValueError(f"batch={batch}: pass from k={least} to n={most}, or None")
+        if tolerance is not None:
+            raise ValueError(
+                "tolerance: the objectives of random batches say nothing about convergence: "
+                "pass tolerance=None or batch=None"
+            )
+    if mesh is not None and axis not in mesh.shape:
+        raise ValueError(f"axis={axis!r} is not of the mesh: pass one of {list(mesh.shape)}")
 
 
 def _check_float(name: str, values: Array) -> None:

@@ -1,19 +1,30 @@
-"""k-means: Lloyd's iterations over tiles, weighted, masked, with repair of empty codewords."""
+"""k-means: the public function and its result."""
 
+import contextlib
 import dataclasses
+import time
 from functools import partial
-from typing import NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
-from ssvq_jax.clustering.assignment import element_weights, into_tiles, nearest, tile_shape
-from ssvq_jax.clustering.checks import check_centroids, check_mass, check_points
-from ssvq_jax.clustering.seeding import plus_plus, random_distinct
-
-_SEEDINGS = {"k-means++": plus_plus, "random": random_distinct}
+from ssvq_jax.clustering import progress as bars
+from ssvq_jax.clustering.checks import (
+    check_centroids,
+    check_mass,
+    check_modes,
+    check_options,
+    check_points,
+)
+from ssvq_jax.clustering.compilation import compiled, tracing
+from ssvq_jax.clustering.lloyd import Clustered, draw_batch, lloyd, mini_batches
+from ssvq_jax.clustering.problem import block_rows, bucketed, make_problem
+from ssvq_jax.clustering.seeding import SEEDINGS
 
 
 @no_type_check  # pytree functions put shapes, axes or shardings in the place of the arrays
@@ -23,7 +34,8 @@ class KMeansResult:
     """Centroids, codes and the course of a k-means run; a pytree.
 
     The report holds one value an iteration (t of them). Its last values belong to the returned
-    centroids and codes, except `empty`, which tells what the iteration found and repaired.
+    centroids and codes, except `empty` and `reseeded`, which tell what the iteration found and
+    repaired. After an early stop, the last iteration's values are repeated.
 
     Attributes:
         centroids: `[k, d]` float32.
@@ -31,17 +43,26 @@ class KMeansResult:
         objective: `[t]` float32, weighted mean squared error per sub-vector:
             sum_i p_i sum_j w_ij (x_ij - c_ij)^2 over sum_i p_i, with p the weights `[n]` (else
             ones, so that the divisor is n) and w the weights `[n, d]` times the mask (else ones).
-        empty: `[t]` int32, codewords without a member of positive weight before the update; they
-            were re-seeded as far as sub-vectors with an error remained.
+            With mini-batches all but the last are the batch's, before it moved the centroids.
+        empty: `[t]` int32, codewords without a member of positive weight before the update.
+        reseeded: `[t]` int32, how many of them were moved onto the worst-served sub-vectors: all,
+            as far as sub-vectors with an error remained.
         imbalance: `[t]` float32, k sum_c m_c^2 / (sum_c m_c)^2, where m_c is the sum of p over the
             members of codeword c: 1 for equal shares, k if one codeword has all.
+        iterations: int32, iterations that were run.
+        seconds: float32, wall time with compilation; NaN where `kmeans` is traced.
+        batch: sub-vectors of a mini-batch; None if every iteration saw all of them.
     """
 
     centroids: Float32[Array, "k d"]
     codes: Int32[Array, " n"]
     objective: Float32[Array, " t"]
     empty: Int32[Array, " t"]
+    reseeded: Int32[Array, " t"]
     imbalance: Float32[Array, " t"]
+    iterations: Int32[Array, ""]
+    seconds: Float32[Array, ""]
+    batch: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def kmeans(
@@ -53,6 +74,12 @@ def kmeans(
     init: str | Float[Array, "k d"] = "k-means++",
     weights: Float[Array, " n"] | Float[Array, "n d"] | None = None,
     mask: Bool[Array, "n d"] | None = None,
+    restarts: int = 1,
+    tolerance: float | None = None,
+    batch: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+    progress: bool = False,
 ) -> KMeansResult:
     """Clusters sub-vectors into k codewords by Lloyd's iterations.
 
@@ -60,12 +87,13 @@ def kmeans(
     then, each iteration, move every centroid to the weighted mean of its members, re-seed the
     codewords that have none from the sub-vectors with the largest weighted errors (each from
     another one, the worst first), and assign again. No step raises the objective beyond float32
-    rounding. All iterations run; there is no early stop.
+    rounding. Without ``tolerance`` all iterations run.
 
-    Works under `jax.jit`, `jax.vmap` and `jax.lax.map`; `codewords`, `iterations` and a string
-    `init` are static. (`jax.vmap` runs the repair in every iteration, needed or not.) Memory
-    besides the arguments is a padded copy of them, a few values per sub-vector and one tile of
-    distances; an `[n, k]` array never exists.
+    Works under `jax.jit`, `jax.vmap` and `jax.lax.map`, where all but the arrays is static.
+    (`jax.vmap` runs the repair in every iteration, needed or not.) Memory besides the arguments and
+    the codes is that of one tile, and while seeding a number per sub-vector; an `[n, k]` array
+    never exists. Called outside of them, problems of up to 131,072 sub-vectors are padded to
+    one of four sizes, so that the many leaves of a model share a few compiled loops.
 
     Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2), 1982.
 
@@ -73,17 +101,28 @@ def kmeans(
         key: typed PRNG key (`jax.random.key`); unused where `init` gives the centroids.
         points: sub-vectors x, `[n, d]`, any float dtype; arithmetic is float32.
         codewords: k, from 1 to n.
-        iterations: number of Lloyd iterations t, 1 or more.
-        init: `"k-means++"`, `"random"` (distinct sub-vectors) or centroids to start from, `[k, d]`.
-        weights: importance per sub-vector p, `[n]`, or per element w, `[n, d]`.
+        iterations: number of Lloyd iterations t, 1 or more; with mini-batches, of batches.
+        init: `"k-means++"` (greedy), `"random"` (distinct sub-vectors), `"quantile"` (d = 1: equal
+            shares of the weight) or centroids to start from, `[k, d]`.
+        weights: importance per sub-vector p, `[n]`, or per element w, `[n, d]` (e.g. the diagonal
+            of a Hessian).
         mask: `[n, d]` bool; False leaves an element out of distances and means. A coordinate of a
             centroid that no member has keeps its value.
+        restarts: seedings to run, one after the other; the result with the least objective is kept.
+        tolerance: stop after an iteration that lowers the objective by no more than this share.
+        batch: draw so many sub-vectors for each iteration instead of taking all, for problems too
+            large to sweep (50 M sub-vectors and more); seeding draws as many. The codes and the
+            last objective are those of all sub-vectors all the same.
+        mesh: cut the sub-vectors over the devices of a mesh. The result is that of one device up
+            to the order of float additions (with mini-batches, other random batches).
+        axis: the mesh axis to cut them over.
+        progress: show a progress bar (not while traced).
 
     Returns:
         Centroids, codes and the report per iteration, see `KMeansResult`.
 
     Raises:
-        ValueError: for k < 1 or k > n, iterations < 1, an unknown `init`, shapes that do not fit
+        ValueError: for k < 1 or k > n, other options out of range, shapes that do not fit
             together, dtypes that are not float (bool for the mask), and, outside `jax.jit`, NaN,
             infinite or negative values, and weights or a mask that leave nothing to cluster.
 
@@ -96,147 +135,128 @@ def kmeans(
         >>> [round(float(value), 2) for value in result.objective]
         [5.39, 0.25, 0.25]
     """
+    began = time.perf_counter()
     check_points(points, weights, mask)
     check_mass(weights, mask)
-    if codewords < 1:
-        raise ValueError(f"k={codewords} codewords asked for: pass 1 or more")
-    if codewords > points.shape[0]:
-        raise ValueError(
-            f"k={codewords} is larger than the number of sub-vectors n={points.shape[0]}: "
-            "pass fewer codewords or narrower sub-vectors"
-        )
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations} asked for: pass 1 or more")
+    check_options(points, codewords, iterations, init, sorted(SEEDINGS))
+    check_modes(init, restarts, tolerance, batch, (codewords, points.shape[0]), mesh, axis)
     start = None
     if not isinstance(init, str):
         check_centroids("init", init, points)
-        if init.shape[0] != codewords:
-            raise ValueError(f"init has {init.shape[0]} rows: pass k={codewords} of them")
         start, init = init, "given"
-    elif init not in _SEEDINGS:
-        raise ValueError(
-            f"init={init!r} is unknown: pass one of {sorted(_SEEDINGS)} or centroids "
-            f"[{codewords}, {points.shape[1]}]"
-        )
-    return _lloyd(
-        key, points, start, weights, mask, codewords=codewords, iterations=iterations, init=init
+    if mesh is not None:
+        # Without explicit shardings in the types: rows that do not divide come back uncut.
+        mesh = Mesh(mesh.devices, mesh.axis_names)
+    rows = points.shape[0]
+    block = block_rows(rows)
+    points, weights, mask = bucketed(
+        points, weights, mask, 1 if mesh is None else mesh.shape[axis] * block
     )
+    options = {
+        "codewords": codewords, "iterations": iterations, "init": init, "restarts": restarts,
+        "tolerance": tolerance, "batch": batch, "block": block,
+        "watched": progress and not tracing(),
+    }  # fmt: skip
+    shown = bars.bar(restarts * iterations) if options["watched"] else contextlib.nullcontext()
+    with shown:
+        arguments = key, points, start, weights, mask, jnp.int32(rows)
+        if mesh is None:
+            found = _on_one_device(*arguments, **options)
+        else:
+            found = _on_a_mesh(*arguments, mesh=mesh, axis=axis, **options)
+        codes = found.codes[:rows]
+        seconds = jnp.float32(jnp.nan)
+        if not isinstance(codes, Tracer):
+            jax.block_until_ready(codes)
+            seconds = jnp.float32(time.perf_counter() - began)
+    return KMeansResult(
+        found.centroids, codes, **found.report._asdict(),
+        iterations=found.iterations, seconds=seconds, batch=batch,
+    )  # fmt: skip
 
 
-class _Tiles(NamedTuple):
-    """The problem, padded and split: `[m, t, d]` and `[m, t]`, zero weights in the padding."""
-
-    points: Array
-    weights: Array
-    elements: Array | None
-
-
-class _Sweep(NamedTuple):
-    """What one pass over the tiles finds for given centroids."""
-
-    codes: Array  # [m, t]
-    errors: Array  # [m, t], p_i sum_j w_ij (x_ij - c_ij)^2
-    pull: Array  # [k, d], sum over members of p_i w_ij (x_ij - c_ij)
-    mass: Array  # [k, d] or [k, 1], sum over members of p_i w_ij
-    members: Array  # [k], sum over members of p_i
-
-
-@partial(jax.jit, static_argnames=("codewords", "iterations", "init"))
-def _lloyd(
+def _run(
     key: Key[Array, ""],
     points: Float[Array, "n d"],
     start: Float[Array, "k d"] | None,
     weights: Float[Array, " n"] | Float[Array, "n d"] | None,
     mask: Bool[Array, "n d"] | None,
+    count: Int32[Array, ""],
     *,
     codewords: int,
     iterations: int,
     init: str,
-) -> KMeansResult:
-    count = points.shape[0]
-    shape = tile_shape(count, codewords)
-    points = points.astype(jnp.float32)
-    elements = element_weights(weights, mask)
-    if weights is None or weights.ndim == 2:
-        weights = jnp.ones((count,))
-    weights = weights.astype(jnp.float32)
-    total = into_tiles(weights, shape).sum(axis=1).sum()
-    if elements is not None:
-        # A sub-vector without a weighted element is no member: it neither moves nor holds a
-        # codeword. It still counts in the objective's divisor.
-        weights = jnp.where((elements > 0).any(axis=1), weights, 0.0)
-    if start is None:
-        start = _SEEDINGS[init](key, points, weights, elements, codewords=codewords)
-    start = start.astype(jnp.float32)
-    tiles = _Tiles(
-        into_tiles(points, shape),
-        into_tiles(weights, shape),
-        None if elements is None else into_tiles(elements, shape),
-    )
+    restarts: int,
+    tolerance: float | None,
+    batch: int | None,
+    block: int,
+    watched: bool,
+    axis: str | None = None,
+) -> Clustered:
+    problem = make_problem(points, weights, mask, count, start, block=block, axis=axis)
 
-    def iterate(
-        state: tuple[Array, _Sweep], _: None
-    ) -> tuple[tuple[Array, _Sweep], tuple[Array, Array, Array]]:
-        centroids, sweep = state
-        # The mean, as a step from the old centroid: exact where members equal it, and precise where
-        # they lie close together far from the origin.
-        step = sweep.pull / jnp.where(sweep.mass > 0, sweep.mass, 1.0)
-        centroids = jnp.where(sweep.mass > 0, centroids + step, centroids)
-        empty = sweep.members == 0
-        centroids = lax.cond(
-            empty.any(), _reseed, lambda *arguments: arguments[0], centroids, empty, sweep, tiles
+    def once(key: Key[Array, ""], first: Int32[Array, ""]) -> Clustered:
+        if start is not None:
+            centroids = start.astype(jnp.float32) * problem.scale
+        else:
+            seeded = problem
+            if batch is not None:
+                seeded = draw_batch(jax.random.fold_in(key, iterations), problem, batch)
+            centroids = SEEDINGS[init](key, seeded, codewords)
+        watch = partial(bars.advance, first, problem.scale) if watched else None
+        if batch is None:
+            return lloyd(
+                problem, centroids, iterations=iterations, tolerance=tolerance, watch=watch
+            )
+        return mini_batches(
+            key, problem, centroids, iterations=iterations, batch=batch, watch=watch
         )
-        sweep = _sweep(tiles, centroids)
-        objective = sweep.errors.sum(axis=1).sum() / jnp.where(total > 0, total, 1.0)
-        share = sweep.members / jnp.where(total > 0, sweep.members.sum(), 1.0)
-        imbalance = codewords * jnp.square(share).sum()
-        return (centroids, sweep), (objective, empty.sum(dtype=jnp.int32), imbalance)
 
-    (centroids, sweep), (objective, empty, imbalance) = lax.scan(
-        iterate, (start, _sweep(tiles, start)), None, iterations
+    best = once(key, jnp.int32(0))
+
+    def again(best: Clustered, each: tuple[Array, Array]) -> tuple[Clustered, None]:
+        other = once(each[0], each[1])
+        better = other.report.objective[-1] < best.report.objective[-1]
+        return jax.tree.map(partial(jnp.where, better), other, best), None
+
+    if restarts > 1:
+        keys = jax.vmap(partial(jax.random.fold_in, key))(lax.iota(jnp.uint32, restarts)[1:])
+        firsts = lax.iota(jnp.int32, restarts)[1:] * iterations
+        best = lax.scan(again, best, (keys, firsts))[0]
+    unscale = 1 / problem.scale
+    objective = best.report.objective * unscale * unscale
+    return best._replace(
+        centroids=best.centroids * unscale, report=best.report._replace(objective=objective)
     )
-    return KMeansResult(centroids, sweep.codes.reshape(-1)[:count], objective, empty, imbalance)
 
 
-def _sweep(tiles: _Tiles, centroids: Float32[Array, "k d"]) -> _Sweep:
-    """Assigns all sub-vectors and sums up, tile by tile, what the next update needs."""
-    codewords, dim = centroids.shape
+_STATIC = (
+    "codewords", "iterations", "init", "restarts", "tolerance", "batch", "block", "watched",
+    "mesh", "axis",
+)  # fmt: skip
+_on_one_device = compiled(_run, static_argnames=_STATIC[:-2])
 
-    def visit(
-        sums: tuple[Array, Array, Array], tile: _Tiles
-    ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-        codes = nearest(tile.points, centroids, tile.elements)
-        # From the difference itself, not from the scores: those lose small errors to cancellation.
-        difference = tile.points - centroids[codes]
-        mass = tile.weights[:, None]
-        if tile.elements is not None:
-            mass = mass * tile.elements
-        pull = mass * difference
-        found = (pull, mass, tile.weights)
-        sums = jax.tree.map(
-            lambda total, part: total + jax.ops.segment_sum(part, codes, codewords), sums, found
-        )
-        return sums, (codes, (pull * difference).sum(axis=1))
 
-    width = 1 if tiles.elements is None else dim
-    zeros = (
-        jnp.zeros((codewords, dim), jnp.float32),
-        jnp.zeros((codewords, width), jnp.float32),
-        jnp.zeros((codewords,), jnp.float32),
+def _sharded(*arguments: Any, mesh: Mesh, axis: str, **options: Any) -> Clustered:
+    whole, cut = PartitionSpec(), PartitionSpec(axis)
+    specs: Any = (whole, cut, whole, whole)
+    # What the devices share is the same on all by construction, though not to the checker.
+    return jax.shard_map(
+        partial(_run, axis=axis, **options),
+        mesh=mesh,
+        in_specs=(whole, cut, whole, cut, cut, whole),
+        out_specs=Clustered(*specs),
+        check_vma=False,
+    )(*arguments)
+
+
+_compiled_sharded = compiled(_sharded, static_argnames=_STATIC)
+
+
+def _on_a_mesh(*arguments: Any, mesh: Mesh, axis: str, **options: Any) -> Clustered:
+    key, points, start, weights, mask, count = arguments
+    whole, cut = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (axis,)))
+    placed = jax.device_put(
+        (key, points, start, weights, mask, count), (whole, cut, whole, cut, cut, whole)
     )
-    (pull, mass, members), (codes, errors) = lax.scan(visit, zeros, tiles)
-    return _Sweep(codes, errors, pull, mass, members)
-
-
-def _reseed(
-    centroids: Float32[Array, "k d"], empty: Bool[Array, " k"], sweep: _Sweep, tiles: _Tiles
-) -> Float32[Array, "k d"]:
-    """Moves the i-th empty codeword onto the sub-vector with the i-th largest error."""
-    worst, rows = lax.top_k(sweep.errors.reshape(-1), centroids.shape[0])
-    rank = jnp.cumsum(empty) - 1
-    rows = rows[rank]
-    # A sub-vector without an error gains nothing, and it may be padding.
-    moves = (empty & (worst[rank] > 0))[:, None]
-    if tiles.elements is not None:
-        moves = moves & (tiles.elements.reshape(-1, centroids.shape[1])[rows] > 0)
-    return jnp.where(moves, tiles.points.reshape(-1, centroids.shape[1])[rows], centroids)
+    return _compiled_sharded(*placed, mesh=mesh, axis=axis, **options)

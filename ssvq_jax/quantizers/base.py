@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from ssvq_jax.tree import LeafSpec
@@ -122,11 +123,19 @@ class Quantizer(abc.ABC):
         one = spec.slice_spec()
         lead = spec.shape[: spec.stacked]
         flat = jax.tree.map(lambda x: x.reshape(-1, *one.shape), (weight, calibration))
+        keys = jax.random.split(key, spec.slices)
+
+        def encode(key: Key[Array, ""], slices: tuple[Array, Calibration | None]) -> Encoded:
+            return self.slice_init(key, slices[0], one, slices[1])
+
         # One slice after the other: vmap would hold the clustering tiles of all slices at once.
-        encoded = jax.lax.map(
-            lambda args: self.slice_init(args[0], args[1][0], one, args[1][1]),
-            (jax.random.split(key, spec.slices), flat),
-        )
+        if isinstance(weight, Tracer):
+            encoded = jax.lax.map(lambda each: encode(*each), (keys, flat))
+        else:  # slices share the compiled clustering of all leaves of about their size
+            parts = [
+                encode(keys[i], jax.tree.map(lambda x, i=i: x[i], flat)) for i in range(spec.slices)
+            ]
+            encoded = jax.tree.map(lambda *fields: jnp.stack(fields), *parts)
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), encoded)
 
     def decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:

@@ -98,7 +98,9 @@ def finetune(
     run_key = jax.random.split(key)[1]
 
     def begin(params: PyTree, variables: PyTree, model_state: PyTree) -> CompressionState:
-        encoded = plan.init(encoding_key(key), params) if variables is None else variables
+        encoded = (
+            plan.init(encoding_key(key), params, progress=True) if variables is None else variables
+        )
         return make_state(task.forward, encoded, tx, run_key, model_state)
 
     start = params, variables, model_state

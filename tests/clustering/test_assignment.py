@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ssvq_jax.clustering import assign
-from ssvq_jax.clustering.assignment import into_tiles, tile_shape
 
 
 def brute_force(points, centroids, weights=None, mask=None):
@@ -95,7 +94,56 @@ def test_one_far_centroid_blurs_none_of_the_others():
     np.testing.assert_array_equal(assign(points, centroids), brute_force(points, centroids))
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("offset", [1.0, 1e3, 1e6])
+def test_near_ties_are_decided_by_the_last_bits(offset):
+    # Midway between two centroids, and up to three floats off to either side.
+    low, high = np.float32(offset), np.float32(offset * 1.5)
+    centre = np.float32((np.float64(low) + np.float64(high)) / 2)
+    step = np.spacing(centre)
+    points = jnp.asarray((centre + step * np.arange(-3, 4, dtype=np.float32))[:, None])
+    centroids = jnp.asarray([[low], [high], [low], [high]])
+    np.testing.assert_array_equal(assign(points, centroids), brute_force(points, centroids))
+
+
+def test_two_far_groups_are_told_apart_within():
+    # |x|^2 is 10^12, the distances within a group are about 1: a product of points and centroids
+    # would lose them.
+    rng = np.random.default_rng(0)
+    sides = np.float32(1e6) * rng.choice([-1, 1], size=(3000, 1))
+    points = jnp.asarray(sides + rng.normal(size=(3000, 4)), jnp.float32)
+    centroids = points[:64]
+    np.testing.assert_array_equal(assign(points, centroids), brute_force(points, centroids))
+
+
+def test_a_centroid_beyond_float32_when_squared_harms_none_of_the_others():
+    points, centroids, _, _ = problem(500, 4, 16)
+    far = centroids.at[5].set(1e30)
+    np.testing.assert_array_equal(assign(points, far), brute_force(points, far))
+
+
+def test_a_huge_point_harms_none_of_the_others():
+    points, centroids, _, _ = problem(500, 4, 16)
+    points = points.at[7].set(jnp.array([1e20, -1e20, 1e20, 1e20]))
+    codes, expected = assign(points, centroids), brute_force(points, centroids)
+    others = np.arange(500) != 7
+    np.testing.assert_array_equal(np.asarray(codes)[others], expected[others])
+
+
+@pytest.mark.parametrize("width", [33, 100])
+def test_wide_sub_vectors(width):
+    points, centroids, weights, _ = problem(200, width, 21)
+    np.testing.assert_array_equal(assign(points, centroids), brute_force(points, centroids))
+    np.testing.assert_array_equal(
+        assign(points, centroids, weights=weights), brute_force(points, centroids, weights)
+    )
+
+
+def test_many_tiles_with_an_overlap():
+    points, centroids, _, _ = problem(300_001, 2, 5)
+    np.testing.assert_array_equal(assign(points, centroids), brute_force(points, centroids))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_scale_does_not_matter(scale):
     points, centroids, _, _ = problem(500, 4, 16)
     np.testing.assert_array_equal(
@@ -133,12 +181,3 @@ def test_jit_vmap_and_map_equal_plain():
     expected = jnp.stack([assign(points, each) for each in stack])
     np.testing.assert_array_equal(jax.vmap(lambda c: assign(points, c))(stack), expected)
     np.testing.assert_array_equal(jax.lax.map(lambda c: assign(points, c), stack), expected)
-
-
-def test_tiles_hold_every_row_once_and_few_scores():
-    for count, codewords in [(1, 1), (10**6 + 3, 16), (4608, 256), (10, 2**20), (687_500, 256)]:
-        tiles, size = tile_shape(count, codewords)
-        assert size == 1 or size * codewords <= 2**18
-        assert 0 <= tiles * size - count < tiles
-    rows = into_tiles(jnp.arange(7.0), (2, 4))
-    assert rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 0]]

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from ssvq_jax.clustering import assign, kmeans
 
@@ -10,6 +12,7 @@ KEY = jax.random.key(0)
 POINTS = jnp.arange(12.0).reshape(6, 2)
 FIRST = jnp.eye(6)[0]
 CLASH = "weights: zero wherever mask is True: weight an unmasked element"
+MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 NAN = POINTS.at[2, 1].set(jnp.nan)
 
 
@@ -46,8 +49,20 @@ def test_shared(changes, message):
         ({"codewords": 0}, "k=0 codewords asked for: pass 1 or more"),
         ({"codewords": 7}, "k=7 is larger than the number of sub-vectors n=6"),
         ({"iterations": 0}, "iterations=0 asked for: pass 1 or more"),
-        ({"init": "kmeans++"}, r"init='kmeans\+\+' is unknown: pass one of \['k-means\+\+', 'rand"),
+        (
+            {"init": "kmeans++"},
+            r"init='kmeans\+\+' is unknown: pass one of \['k-means\+\+', 'quantile",
+        ),
         ({"init": POINTS[:3]}, "init has 3 rows: pass k=2 of them"),
+        ({"init": "quantile"}, "init='quantile' needs d=1, not d=2: pass init='k-means"),
+        ({"restarts": 0}, "restarts=0 asked for: pass 1 or more"),
+        ({"restarts": 2, "init": POINTS[:2]}, "restarts=2 would all start alike: pass restarts=1"),
+        ({"tolerance": 1.0}, r"tolerance=1.0: pass a share of the objective in \[0, 1\)"),
+        ({"tolerance": -0.1}, "tolerance=-0.1: pass a share"),
+        ({"batch": 1}, "batch=1: pass from k=2 to n=6, or None"),
+        ({"batch": 7}, "batch=7: pass from k=2 to n=6, or None"),
+        ({"batch": 2, "tolerance": 0.1}, "tolerance: the objectives of random batches say nothing"),
+        ({"mesh": MESH, "axis": "rows"}, r"axis='rows' is not of the mesh: pass one of \['data'\]"),
         ({"init": POINTS[:2, :1]}, r"init: shape \(2, 1\): pass \[k, 2\]"),
         ({"init": POINTS[0]}, r"init: shape \(2,\): pass \[k, 2\]"),
         ({"init": POINTS[:2].astype(jnp.int32)}, "init: dtype int32 is not float"),

@@ -1,0 +1,294 @@
+"""A clustering problem as the loops see it: tile by tile, on one device or a share of many."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+# Floats that a tile's coordinates and running results take: on the CPU what stays near a core (a
+# tile is read k/16 times) and still outweighs starting a loop, on accelerators what fills one.
+_TILE_FLOATS = {"cpu": 2**20}
+_ACCELERATOR_TILE_FLOATS = 2**24
+_LANES = 128
+_LARGEST_COPY = 2**24  # numbers; 64 MiB in float32
+# Problems up to the largest of these sizes share compiled loops: their rows are padded to the next.
+# The loops take a quarter at once, and leave out quarters that are nothing but padding.
+_BUCKETS = (2**11, 2**13, 2**15, 2**17)
+
+
+class Tile(NamedTuple):
+    """Consecutive sub-vectors.
+
+    Attributes:
+        start: row of the first among those of this device.
+        counts: `[t]` bool, whether a row is to be counted here: not if it is padding, or if another
+            tile, which overlaps with this one, counts it.
+        points: `[t, d]` float32, times the problem's scale.
+        columns: the same, coordinate by coordinate, `[t]` each.
+        weights: `[t]` float32, weight p of each; zero where it does not count.
+        elements: `[t, d]` float32, weights w of the elements; None for ones.
+    """
+
+    start: Int32[Array, ""]
+    counts: Bool[Array, " t"]
+    points: Float32[Array, "t d"]
+    columns: tuple[Float32[Array, " t"], ...]
+    weights: Float32[Array, " t"]
+    elements: Float32[Array, "t d"] | None
+
+    @property
+    def mass(self) -> Float32[Array, "t w"]:
+        """Weights p_i w_ij, `[t, d]`, or `[t, 1]` where they are the same for all elements."""
+        mass = self.weights[:, None]
+        return mass if self.elements is None else mass * self.elements
+
+    @property
+    def members(self) -> Float32[Array, " t"]:
+        """Weights p of those that have a weighted element: others neither move nor hold a codeword.
+
+        They still count in the objective's divisor.
+        """
+        if self.elements is None:
+            return self.weights
+        return jnp.where((self.elements > 0).any(axis=1), self.weights, 0.0)
+
+    def hidden(self, count: int) -> Int32[Array, ""]:
+        """A number of rounds that the compiler cannot see, so that a loop of one stays a loop.
+
+        What a loop reads is laid out before, and what it returns is computed once, whoever reads
+        it: both are faster than what the compiler's fusion would make of the same operations.
+        """
+        return jnp.where(self.start >= 0, jnp.int32(count), jnp.int32(0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sub-vectors with their weights; under ``jax.shard_map`` one device's share of them.
+
+    Attributes:
+        points: `[n, d]`, any float dtype.
+        weights: `[n]` weight of each sub-vector, or `[n, d]` of each element; None for ones.
+        mask: `[n, d]` bool; None for all True.
+        count: rows of all devices that are no padding, int32.
+        scale: power of two that brings the points to where squares fit float32 best.
+        columns: the points transposed, which is faster to read; None if they are too many to copy.
+        block: rows that sampling takes together. It does not depend on the number of devices, whose
+            shares are whole blocks, so that they draw what one device would.
+        axis: name of the mesh axis over which the rows are cut; None on one device.
+    """
+
+    points: Float[Array, "n d"]
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None
+    mask: Bool[Array, "n d"] | None
+    count: Int32[Array, ""]
+    scale: Float32[Array, ""]
+    columns: Float[Array, "d n"] | None
+    block: int = dataclasses.field(metadata={"static": True})
+    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """Rows on this device."""
+        return self.points.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Width d of a sub-vector."""
+        return self.points.shape[1]
+
+    @property
+    def equal_elements(self) -> bool:
+        """Whether all elements of a sub-vector weigh the same."""
+        return self.mask is None and (self.weights is None or self.weights.ndim == 1)
+
+    @property
+    def devices(self) -> int:
+        """Number of devices that hold a share."""
+        return 1 if self.axis is None else lax.axis_size(self.axis)
+
+    @property
+    def counted(self) -> Bool[Array, " n"]:
+        """Which rows of this device are no padding."""
+        return lax.iota(jnp.int32, self.rows) + self.offset < self.count
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile; the last one overlaps the one before."""
+        parts = 4 if _BUCKETS[0] < self.rows <= _BUCKETS[-1] else 1
+        tiles = max(parts, -(-self.rows // tile_rows(self.dim)))
+        even = -(-self.rows // tiles)
+        return min(self.rows, -(-even // _LANES) * _LANES)
+
+    def tile(self, index: Int32[Array, ""] | int) -> Tile:
+        """Takes out one tile; a row counts in the first tile that holds it."""
+        size = self.tile_rows
+        first = jnp.asarray(index, jnp.int32) * size
+        start = jnp.minimum(first, self.rows - size)
+        row = start + lax.iota(jnp.int32, size)
+        counts = (row >= first) & (row + self.offset < self.count)
+
+        def cut(values: Array) -> Array:
+            return lax.dynamic_slice_in_dim(values, start, size)
+
+        points = cut(self.points).astype(jnp.float32) * self.scale
+        weights = counts.astype(jnp.float32)
+        elements = None if self.mask is None else cut(self.mask).astype(jnp.float32)
+        if self.weights is not None:
+            given = cut(self.weights).astype(jnp.float32)
+            if given.ndim == 1:
+                weights = jnp.where(counts, given, 0.0)
+            else:
+                elements = given if elements is None else given * elements
+        if self.columns is None:
+            columns = tuple(points[:, j] for j in range(self.dim))
+        else:
+            across = lax.dynamic_slice_in_dim(self.columns, start, size, axis=1)
+            columns = tuple(across[j].astype(jnp.float32) * self.scale for j in range(self.dim))
+        return Tile(start, counts, points, columns, weights, elements)
+
+    def fold(self, visit: Callable[[Tile, Any], Any], initial: Any) -> Any:
+        """Carries a value through all tiles of this device that hold a row that counts."""
+        here = jnp.clip(self.count - self.offset, 0, self.rows)
+        tiles = (here + (self.tile_rows - 1)) // self.tile_rows
+        zero = jnp.int32(0)
+        return lax.fori_loop(zero, tiles, lambda i, carry: visit(self.tile(i), carry), initial)
+
+    @property
+    def offset(self) -> Int32[Array, ""]:
+        """Row of all devices that this one's first row is."""
+        if self.axis is None:
+            return jnp.int32(0)
+        return lax.axis_index(self.axis) * self.rows
+
+    def sum(self, values: Any) -> Any:
+        """Sums over the devices."""
+        return values if self.axis is None else lax.psum(values, self.axis)
+
+    def max(self, values: Any) -> Any:
+        """Maximum over the devices."""
+        return values if self.axis is None else lax.pmax(values, self.axis)
+
+    def gather(self, values: Array) -> Array:
+        """Joins the devices' arrays along the first axis."""
+        return values if self.axis is None else lax.all_gather(values, self.axis, tiled=True)
+
+    def rows_at(self, rows: Int32[Array, " m"]) -> tuple[Array, Array | None]:
+        """Fetches sub-vectors from wherever they are.
+
+        Args:
+            rows: `[m]` int32, counted over all devices; the same on all of them.
+
+        Returns:
+            The scaled sub-vectors `[m, d]` and their elements' weights, or None for ones.
+        """
+        local = jnp.clip(rows - self.offset, 0, self.rows - 1)
+        mine = ((rows >= self.offset) & (rows < self.offset + self.rows))[:, None]
+
+        def fetch(values: Array) -> Array:
+            return self.sum(jnp.where(mine, values[local].astype(jnp.float32), 0.0))
+
+        points = fetch(self.points) * self.scale
+        elements = None if self.mask is None else fetch(self.mask)
+        if self.weights is not None and self.weights.ndim == 2:
+            given = fetch(self.weights)
+            elements = given if elements is None else given * elements
+        return points, elements
+
+
+def make_problem(
+    points: Float[Array, "n d"],
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
+    mask: Bool[Array, "n d"] | None,
+    count: Int32[Array, ""],
+    centroids: Float[Array, "k d"] | None = None,
+    *,
+    block: int = 1,
+    axis: str | None = None,
+) -> Problem:
+    """Sets up a problem and finds its scale.
+
+    Scaling by a power of two rounds nothing, and keeps squares of very large or small values from
+    overflowing or vanishing. What counts is the largest weighted element, or, where all of them are
+    smaller, the nearest given centroid.
+
+    Args:
+        points: sub-vectors, `[n, d]`; under ``jax.shard_map`` this device's.
+        weights: `[n]` or `[n, d]`; None for ones.
+        mask: `[n, d]` bool; None for all True.
+        count: rows of all devices that are no padding.
+        centroids: `[k, d]` with which they will be compared, if there are any yet.
+        block: rows that sampling takes together, from `block_rows`.
+        axis: mesh axis over which the rows are cut.
+    """
+    columns = points.T if points.size <= _LARGEST_COPY else None
+    problem = Problem(points, weights, mask, count, jnp.float32(1), columns, block, axis)
+
+    def visit(tile: Tile, largest: Float32[Array, ""]) -> Float32[Array, ""]:
+        counted = jnp.where(tile.mass > 0, jnp.abs(tile.points), 0.0)
+        return jnp.maximum(largest, counted.max())
+
+    largest = problem.max(problem.fold(visit, jnp.float32(0)))
+    if centroids is not None:
+        largest = jnp.maximum(largest, jnp.abs(centroids.astype(jnp.float32)).max(axis=1).min())
+    return dataclasses.replace(problem, scale=_power_of_two(largest))
+
+
+def _power_of_two(largest: Float32[Array, ""]) -> Float32[Array, ""]:
+    """The factor that brings the largest value to about 2^20; 1 for zero, infinity and NaN.
+
+    So high, for values 10^25 times smaller keep their squares; and no higher, for sums of squares
+    times weights have to fit, too.
+    """
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    factor = lax.bitcast_convert_type(jnp.clip(254 + 20 - exponent, 1, 253) << 23, jnp.float32)
+    return jnp.where((exponent > 0) & (exponent < 255), factor, 1.0)
+
+
+def tile_rows(dim: int) -> int:
+    """Chooses how many sub-vectors of width `dim` the loops take at once."""
+    floats = _TILE_FLOATS.get(jax.default_backend(), _ACCELERATOR_TILE_FLOATS)
+    return max(_LANES, floats // (dim + 8) // _LANES * _LANES)
+
+
+def bucket(rows: int) -> int:
+    """Number of rows to which as many are padded, so that few shapes are compiled."""
+    return next((size for size in _BUCKETS if rows <= size), rows)
+
+
+def block_rows(rows: int) -> int:
+    """Rows that sampling takes together of so many (padding not counted): about the root."""
+    return math.isqrt(bucket(rows) - 1) + 1
+
+
+def lane_sum(values: Float32[Array, " t"]) -> Float32[Array, ""]:
+    """Sums in as many parts as a processor has lanes: faster, and with smaller rounding errors."""
+    padded = jnp.pad(values, (0, -values.shape[0] % _LANES))
+    return padded.reshape(-1, _LANES).sum(axis=0).sum()
+
+
+def bucketed(
+    points: Float[Array, "n d"],
+    weights: Float[Array, " n"] | Float[Array, "n d"] | None,
+    mask: Bool[Array, "n d"] | None,
+    multiple: int = 1,
+) -> tuple[Array, Array | None, Array | None]:
+    """Pads the rows to their `bucket` and to a multiple; what is being traced stays as it is."""
+    rows = points.shape[0]
+    size = rows if isinstance(points, Tracer) else bucket(rows)
+    padding = size + (-size % multiple) - rows
+
+    def pad(values: Array | None) -> Array | None:
+        if values is None or padding == 0:
+            return values
+        return jnp.pad(values, [(0, padding)] + [(0, 0)] * (values.ndim - 1))
+
+    padded = pad(points)
+    assert padded is not None
+    return padded, pad(weights), pad(mask)
