@@ -1,4 +1,8 @@
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -79,3 +83,23 @@ def test_quickstart_writes_everything(tmp_path, capsys, data_dir):
     assert {record["run"] for record in records} == {"float", *methods}
     for name in ("accuracy.png", "signs.png", "tradeoff.png", "ssvq-26x.plan.json"):
         assert (out / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_programs_stay_compiled_between_commands(tmp_path, own):
+    program = """
+import sys
+import jax
+from ssvq_jax.cli.main import main
+sys.argv = ["ssvq", "plan", "--model", "deit_tiny", "--recipe", "ssvq-21x"]
+main()
+print(jax.config.jax_compilation_cache_dir)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    expected = tmp_path / "cache/ssvq_jax/compiled" / platform.node()
+    if own:
+        expected = tmp_path / "own"
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(expected)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(expected)
