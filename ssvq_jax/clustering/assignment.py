@@ -25,7 +25,8 @@ def assign(
     by default). Every centroid is compared, by sums of squared differences in float32: nothing
     cancels, whatever the points' norms, and only distances within some 2^-23 (d + 2) of each other
     may trade places. A sub-vector without a weighted coordinate gets code 0. Memory besides the
-    arguments and the codes is that of one tile, some 16 MiB on a CPU.
+    arguments and the codes is that of one tile (some 16 MiB on a CPU) and, for up to 2^24 numbers,
+    of a transposed copy.
 
     Args:
         points: sub-vectors, `[n, d]`, any float dtype.

@@ -91,9 +91,10 @@ def kmeans(
 
     Works under `jax.jit`, `jax.vmap` and `jax.lax.map`, where all but the arrays is static.
     (`jax.vmap` runs the repair in every iteration, needed or not.) Memory besides the arguments and
-    the codes is that of one tile, and while seeding a number per sub-vector; an `[n, k]` array
-    never exists. Called outside of them, problems of up to 131,072 sub-vectors are padded to
-    one of four sizes, so that the many leaves of a model share a few compiled loops.
+    the codes is that of one tile (some 16 MiB on a CPU), of a transposed copy for up to 2^24
+    numbers, and while seeding of a few numbers per sub-vector; an `[n, k]` array never exists.
+    Called outside of them, problems of up to 131,072 sub-vectors are padded to one of four sizes,
+    so that the many leaves of a model share a few compiled loops.
 
     Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2), 1982.
 
