@@ -14,8 +14,8 @@ from jaxtyping import Array, Key
 
 from ssvq_jax import tree
 from ssvq_jax.bits import BitsTable, bits_table
-from ssvq_jax.clustering.progress import bar_over
 from ssvq_jax.entries import Entry, check_importance, gather_calibration, match_rules
+from ssvq_jax.progress import bar_over
 from ssvq_jax.quantizers import Calibration, Quantizer
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
@@ -82,7 +82,10 @@ class Plan:
         for entry in bar_over(self.entries, "encoding") if progress else self.entries:
             found = gather_calibration(entry, calibration)
             entry_key = jax.random.fold_in(key, zlib.crc32(entry.name.encode()))
-            encoded = entry.quantizer.init(entry_key, entry.gather(arrays), entry.spec, found)
+            try:
+                encoded = entry.quantizer.init(entry_key, entry.gather(arrays), entry.spec, found)
+            except ValueError as error:
+                raise ValueError(f"'{entry.name}' cannot be encoded: {error}") from error
             learned[entry.name] = encoded.learned
             if encoded.fixed:
                 fixed[entry.name] = encoded.fixed

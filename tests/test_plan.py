@@ -201,6 +201,25 @@ def test_importance_reaches_the_clustering(params):
         plan.init(jax.random.key(0), params, {"embed/bias": Calibration()})
 
 
+def test_a_slice_without_importance_is_clustered_as_if_all_counted():
+    params = {"experts": jax.random.normal(jax.random.key(0), (3, 8, 16))}
+    plan = make_plan(params, [Rule(".*", Vector(codewords=4, dim=4), stacked=1)])
+    key = jax.random.key(1)
+    importance = jnp.ones((3, 8, 16)).at[1].set(0.0)
+    some = plan.init(key, params, {"experts": Calibration(importance)})
+    equal = plan.init(key, params, {"experts": Calibration(jnp.ones((3, 8, 16)))})
+    for one, other in zip(jax.tree.leaves(some), jax.tree.leaves(equal), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_entry_that_cannot_be_encoded_is_named():
+    params = {"kernel": jnp.ones((8, 16)).at[0].set(3e38)}
+    quantizer = Vector(codewords=4, dim=4, channel_scale=True)
+    plan = make_plan(params, [(".*", quantizer)])
+    with pytest.raises(ValueError, match="'kernel' cannot be encoded: points: NaN or infinity"):
+        plan.init(jax.random.key(0), params)
+
+
 @pytest.mark.parametrize(
     ("importance", "message"),
     [

@@ -72,4 +72,5 @@ def _keep_compiled() -> None:
     # By machine: what is compiled for one processor need not run on another that shares the home.
     folder = root / "ssvq_jax" / "compiled" / platform.node()
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

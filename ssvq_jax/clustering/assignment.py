@@ -24,9 +24,11 @@ def assign(
     The distance is sum_j w_ij (x_ij - c_j)^2, with w the element weights times the mask (all ones
     by default). Every centroid is compared, by sums of squared differences in float32: nothing
     cancels, whatever the points' norms, and only distances within some 2^-23 (d + 2) of each other
-    may trade places. A sub-vector without a weighted coordinate gets code 0. Memory besides the
-    arguments and the codes is that of one tile (some 16 MiB on a CPU) and, for up to 2^24 numbers,
-    of a transposed copy.
+    may trade places. Numbers 10^24 times smaller than the largest weighted one, and those below
+    float32's 1.2e-38, count as zero. A sub-vector without a weighted coordinate gets code 0.
+
+    Memory besides the arguments and the codes is that of one tile (some 16 MiB on a CPU) and, for
+    up to 2^24 numbers, of a transposed copy.
 
     Args:
         points: sub-vectors, `[n, d]`, any float dtype.
@@ -93,18 +95,8 @@ def nearest(
         Codes `[t]` int32, and sum_j w_ij (x_ij - c_j)^2 for them, `[t]` float32.
     """
     codewords, dim = centroids.shape
-    elements = None if tile.elements is None else [tile.elements[:, j] for j in range(dim)]
-    size = max(1, min(codewords, _UNROLLED // dim // (1 if elements is None else 2), 16))
-
-    def distance(centroid: Float32[Array, " d"]) -> Float32[Array, " t"]:
-        total = None
-        for j in range(dim):
-            square = jnp.square(tile.columns[j] - centroid[j])
-            if elements is not None:
-                square = elements[j] * square
-            total = square if total is None else total + square
-        assert total is not None
-        return total
+    per_block = _UNROLLED // (dim if tile.elements is None else 2 * dim)
+    size = max(1, min(codewords, per_block, 16))
 
     def visit(block: Int32[Array, ""] | int, state: Array) -> Array:
         # One complex array holds distance and index: two arrays would be the results of two loops,
@@ -112,7 +104,7 @@ def nearest(
         least, index = lax.real(state), lax.imag(state)
         first = jnp.minimum(jnp.asarray(block, jnp.int32) * size, codewords - size)
         for place in range(size):
-            other = distance(lax.dynamic_index_in_dim(centroids, first + place, keepdims=False))
+            other = tile.errors(lax.dynamic_index_in_dim(centroids, first + place, keepdims=False))
             nearer = other < least
             least = jnp.where(nearer, other, least)
             index = jnp.where(nearer, (first + place).astype(jnp.float32), index)

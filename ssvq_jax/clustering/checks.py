@@ -62,6 +62,8 @@ def check_mass(
         ValueError: if weights, mask, or both together leave nothing to cluster.
     """
     known_weights, known_mask = _known(weights), _known(mask)
+    if known_weights is not None:  # the rest is zero to float32
+        known_weights = np.where(known_weights >= np.finfo(np.float32).tiny, known_weights, 0)
     if known_weights is not None and not (known_weights > 0).any():
         raise ValueError("weights: all zero: give at least one sub-vector a positive weight")
     if known_mask is not None and not known_mask.any():
@@ -101,6 +103,8 @@ def check_options(
         ValueError: for numbers out of range, and an unknown or unfit start.
     """
     rows, dim = points.shape
+    for name, value in (("k", codewords), ("iterations", iterations)):
+        _check_whole(name, value)
     if codewords < 1:
         raise ValueError(f"k={codewords} codewords asked for: pass 1 or more")
     if iterations < 1:
@@ -118,8 +122,10 @@ def check_options(
             )
         if init == "quantile" and dim != 1:
             raise ValueError(f"init='quantile' needs d=1, not d={dim}: pass init='k-means++'")
-    elif init.shape[:1] != (codewords,):
-        raise ValueError(f"init has {len(init)} rows: pass k={codewords} of them")
+        return
+    check_centroids("init", init, points)
+    if init.shape[0] != codewords:
+        raise ValueError(f"init has {init.shape[0]} rows: pass k={codewords} of them")
 
 
 def check_modes(
@@ -136,6 +142,7 @@ def check_modes(
     Raises:
         ValueError: for an option out of range, or options that do not go together.
     """
+    _check_whole("restarts", restarts)
     if restarts < 1:
         raise ValueError(f"restarts={restarts} asked for: pass 1 or more")
     if restarts > 1 and (not isinstance(init, str) or init == "quantile"):
@@ -145,6 +152,7 @@ def check_modes(
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance}: pass a share of the objective in [0, 1)")
     if batch is not None:
+        _check_whole("batch", batch)
         least, most = batch_range
         if not least <= batch <= most:
             raise ValueError(f"batch={batch}: pass from k={least} to n={most}, or None")
@@ -157,7 +165,14 @@ def check_modes(
         raise ValueError(f"axis={axis!r} is not of the mesh: pass one of {list(mesh.shape)}")
 
 
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: pass a whole number (a Python int)")
+
+
 def _check_float(name: str, values: Array) -> None:
+    if not hasattr(values, "dtype"):
+        raise ValueError(f"{name}: {type(values).__name__} is no array: pass jnp.asarray of it")
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(f"{name}: dtype {values.dtype} is not float: pass e.g. astype(float32)")
 
@@ -166,11 +181,15 @@ def _check_finite(name: str, values: Array) -> None:
     known = _known(values)
     if known is not None and not np.isfinite(known).all():
         raise ValueError(f"{name}: NaN or infinity: replace those entries or leave them out")
+    if known is not None and known.dtype.itemsize > 4 and np.abs(known).max(initial=0) > 3.4e38:
+        raise ValueError(f"{name}: numbers beyond float32: rescale them")
 
 
 def _known(values: Array | None) -> np.ndarray | None:
-    """The values, or None where there are none or they are traced.
+    """The values, or None where there are none, they are traced, or other processes hold some.
 
     NumPy looks at them, since every jax function would be compiled for every new shape.
     """
-    return None if values is None or isinstance(values, Tracer) else np.asarray(values)
+    if values is None or isinstance(values, Tracer):
+        return None
+    return np.asarray(values) if getattr(values, "is_fully_addressable", True) else None

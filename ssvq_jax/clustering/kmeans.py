@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from ssvq_jax.clustering import progress as bars
 from ssvq_jax.clustering.checks import (
-    check_centroids,
     check_mass,
     check_modes,
     check_options,
@@ -43,15 +42,17 @@ class KMeansResult:
         objective: `[t]` float32, weighted mean squared error per sub-vector:
             sum_i p_i sum_j w_ij (x_ij - c_ij)^2 over sum_i p_i, with p the weights `[n]` (else
             ones, so that the divisor is n) and w the weights `[n, d]` times the mask (else ones).
-            With mini-batches all but the last are the batch's, before it moved the centroids.
-        empty: `[t]` int32, codewords without a member of positive weight before the update.
+            With mini-batches all but the last are the batch's, before it moved the centroids; so
+            is the imbalance.
+        empty: `[t]` int32, codewords without a member of positive weight before the update (with
+            mini-batches: in any batch so far).
         reseeded: `[t]` int32, how many of them were moved onto the worst-served sub-vectors: all,
             as far as sub-vectors with an error remained.
         imbalance: `[t]` float32, k sum_c m_c^2 / (sum_c m_c)^2, where m_c is the sum of p over the
             members of codeword c: 1 for equal shares, k if one codeword has all.
         iterations: int32, iterations that were run.
         seconds: float32, wall time with compilation; NaN where `kmeans` is traced.
-        batch: sub-vectors of a mini-batch; None if every iteration saw all of them.
+        batch: sub-vectors of a mini-batch, as many as were drawn; None if every iteration saw all.
     """
 
     centroids: Float32[Array, "k d"]
@@ -92,7 +93,8 @@ def kmeans(
     Works under `jax.jit`, `jax.vmap` and `jax.lax.map`, where all but the arrays is static.
     (`jax.vmap` runs the repair in every iteration, needed or not.) Memory besides the arguments and
     the codes is that of one tile (some 16 MiB on a CPU), of a transposed copy for up to 2^24
-    numbers, and while seeding of a few numbers per sub-vector; an `[n, k]` array never exists.
+    numbers, and while seeding of some 4 numbers per sub-vector (`"quantile"`: 11); an `[n, k]`
+    array never exists. Distances are exact as those of `ssvq_jax.clustering.assign`.
     Called outside of them, problems of up to 131,072 sub-vectors are padded to one of four sizes,
     so that the many leaves of a model share a few compiled loops.
 
@@ -112,10 +114,13 @@ def kmeans(
         restarts: seedings to run, one after the other; the result with the least objective is kept.
         tolerance: stop after an iteration that lowers the objective by no more than this share.
         batch: draw so many sub-vectors for each iteration instead of taking all, for problems too
-            large to sweep (50 M sub-vectors and more); seeding draws as many. The codes and the
-            last objective are those of all sub-vectors all the same.
-        mesh: cut the sub-vectors over the devices of a mesh. The result is that of one device up
-            to the order of float additions (with mini-batches, other random batches).
+            large to sweep (50 M sub-vectors and more), on a mesh rounded up to a multiple of its
+            devices; seeding draws as many. The codes and the last objective are those of all
+            sub-vectors all the same.
+        mesh: cut the sub-vectors over the devices of a mesh (not under `jax.vmap`; with several
+            processes, under `jax.jit` only). The result is that of one device up to the order of
+            float additions (with mini-batches, other random batches). `"quantile"` gathers all
+            values on every device.
         axis: the mesh axis to cut them over.
         progress: show a progress bar (not while traced).
 
@@ -139,20 +144,20 @@ def kmeans(
     began = time.perf_counter()
     check_points(points, weights, mask)
     check_mass(weights, mask)
+    tolerance = None if tolerance is None else float(tolerance)
     check_options(points, codewords, iterations, init, sorted(SEEDINGS))
     check_modes(init, restarts, tolerance, batch, (codewords, points.shape[0]), mesh, axis)
     start = None
     if not isinstance(init, str):
-        check_centroids("init", init, points)
         start, init = init, "given"
     if mesh is not None:
         # Without explicit shardings in the types: rows that do not divide come back uncut.
         mesh = Mesh(mesh.devices, mesh.axis_names)
+    devices = 1 if mesh is None else mesh.shape[axis]
     rows = points.shape[0]
     block = block_rows(rows)
-    points, weights, mask = bucketed(
-        points, weights, mask, 1 if mesh is None else mesh.shape[axis] * block
-    )
+    whole_blocks = 1 if mesh is None else devices * block
+    points, weights, mask = bucketed(points, weights, mask, whole_blocks)
     options = {
         "codewords": codewords, "iterations": iterations, "init": init, "restarts": restarts,
         "tolerance": tolerance, "batch": batch, "block": block,
@@ -172,7 +177,8 @@ def kmeans(
             seconds = jnp.float32(time.perf_counter() - began)
     return KMeansResult(
         found.centroids, codes, **found.report._asdict(),
-        iterations=found.iterations, seconds=seconds, batch=batch,
+        iterations=found.iterations, seconds=seconds,
+        batch=None if batch is None else -(-batch // devices) * devices,
     )  # fmt: skip
 
 
@@ -204,14 +210,14 @@ def _run(
             if batch is not None:
                 seeded = draw_batch(jax.random.fold_in(key, iterations), problem, batch)
             centroids = SEEDINGS[init](key, seeded, codewords)
-        watch = partial(bars.advance, first, problem.scale) if watched else None
+
+        def watch(done: Int32[Array, ""], objective: Float32[Array, ""]) -> None:
+            bars.advance(first + done, problem.unscaled(objective))
+
+        told = watch if watched else None
         if batch is None:
-            return lloyd(
-                problem, centroids, iterations=iterations, tolerance=tolerance, watch=watch
-            )
-        return mini_batches(
-            key, problem, centroids, iterations=iterations, batch=batch, watch=watch
-        )
+            return lloyd(problem, centroids, iterations=iterations, tolerance=tolerance, watch=told)
+        return mini_batches(key, problem, centroids, iterations=iterations, batch=batch, watch=told)
 
     best = once(key, jnp.int32(0))
 
@@ -224,18 +230,14 @@ def _run(
         keys = jax.vmap(partial(jax.random.fold_in, key))(lax.iota(jnp.uint32, restarts)[1:])
         firsts = lax.iota(jnp.int32, restarts)[1:] * iterations
         best = lax.scan(again, best, (keys, firsts))[0]
-    unscale = 1 / problem.scale
-    objective = best.report.objective * unscale * unscale
-    return best._replace(
-        centroids=best.centroids * unscale, report=best.report._replace(objective=objective)
-    )
+    report = best.report._replace(objective=problem.unscaled(best.report.objective))
+    return best._replace(centroids=best.centroids / problem.scale, report=report)
 
 
 _STATIC = (
     "codewords", "iterations", "init", "restarts", "tolerance", "batch", "block", "watched",
-    "mesh", "axis",
 )  # fmt: skip
-_on_one_device = compiled(_run, static_argnames=_STATIC[:-2])
+_on_one_device = compiled(_run, static_argnames=_STATIC)
 
 
 def _sharded(*arguments: Any, mesh: Mesh, axis: str, **options: Any) -> Clustered:
@@ -251,7 +253,7 @@ def _sharded(*arguments: Any, mesh: Mesh, axis: str, **options: Any) -> Clustere
     )(*arguments)
 
 
-_compiled_sharded = compiled(_sharded, static_argnames=_STATIC)
+_compiled_sharded = compiled(_sharded, static_argnames=(*_STATIC, "mesh", "axis"))
 
 
 def _on_a_mesh(*arguments: Any, mesh: Mesh, axis: str, **options: Any) -> Clustered:

@@ -1,4 +1,4 @@
-"""Lloyd's iterations, exact or on random batches, and the choice of the best of several starts."""
+"""Lloyd's iterations, over all sub-vectors or random batches of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Key
 
-from ssvq_jax.clustering.problem import Problem, block_rows
+from ssvq_jax.clustering.problem import Problem
 from ssvq_jax.clustering.sweep import Sums, move, no_sums, sweep
 
 # Called with the number of iterations made and the objective of the scaled points.
@@ -144,12 +144,11 @@ def draw_batch(key: Key[Array, ""], problem: Problem, batch: int) -> Problem:
     Every device draws from its own share as often as the others; weights make up for shares that
     are partly padding.
     """
-    block, devices = block_rows(batch), problem.devices
-    size, weights = batch, problem.weights
+    devices, weights = problem.devices, problem.weights
+    size = -(-batch // devices)
     here = jnp.clip(problem.count - problem.offset, 0, problem.rows)
     if problem.axis is not None:
         key = jax.random.fold_in(key, lax.axis_index(problem.axis))
-        size = -(-batch // (devices * block)) * block
         share = here.astype(jnp.float32) * (devices / problem.count.astype(jnp.float32))
         ones = jnp.ones(problem.rows, jnp.float32)
         weights = share * (ones if weights is None else weights.astype(jnp.float32))
@@ -165,7 +164,7 @@ def draw_batch(key: Key[Array, ""], problem: Problem, batch: int) -> Problem:
         mask=mask,
         count=count,
         columns=None,
-        block=block,
+        block=1,  # small enough to be sampled in one level
     )
 
 

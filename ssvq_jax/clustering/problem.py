@@ -17,6 +17,9 @@ _TILE_FLOATS = {"cpu": 2**20}
 _ACCELERATOR_TILE_FLOATS = 2**24
 _LANES = 128
 _LARGEST_COPY = 2**24  # numbers; 64 MiB in float32
+_UNROLLED_WIDTH = (
+    64  # wider sub-vectors are summed up by a loop: unrolled, they take long to compile
+)
 # Problems up to the largest of these sizes share compiled loops: their rows are padded to the next.
 # The loops take a quarter at once, and leave out quarters that are nothing but padding.
 _BUCKETS = (2**11, 2**13, 2**15, 2**17)
@@ -30,7 +33,7 @@ class Tile(NamedTuple):
         counts: `[t]` bool, whether a row is to be counted here: not if it is padding, or if another
             tile, which overlaps with this one, counts it.
         points: `[t, d]` float32, times the problem's scale.
-        columns: the same, coordinate by coordinate, `[t]` each.
+        columns: the same, coordinate by coordinate, `[t]` each; None for wide sub-vectors.
         weights: `[t]` float32, weight p of each; zero where it does not count.
         elements: `[t, d]` float32, weights w of the elements; None for ones.
     """
@@ -38,7 +41,7 @@ class Tile(NamedTuple):
     start: Int32[Array, ""]
     counts: Bool[Array, " t"]
     points: Float32[Array, "t d"]
-    columns: tuple[Float32[Array, " t"], ...]
+    columns: tuple[Float32[Array, " t"], ...] | None
     weights: Float32[Array, " t"]
     elements: Float32[Array, "t d"] | None
 
@@ -57,6 +60,16 @@ class Tile(NamedTuple):
         if self.elements is None:
             return self.weights
         return jnp.where((self.elements > 0).any(axis=1), self.weights, 0.0)
+
+    def errors(self, point: Float32[Array, " d"]) -> Float32[Array, " t"]:
+        """Weighted squared differences to one point, sum_j w_ij (x_ij - c_j)^2."""
+        if self.columns is None:
+            return _weighted(jnp.square(self.points - point[None]), self.elements).sum(axis=1)
+        total = jnp.zeros_like(self.weights)
+        for j, column in enumerate(self.columns):
+            elements = None if self.elements is None else self.elements[:, j]
+            total += _weighted(jnp.square(column - point[j]), elements)
+        return total
 
     def hidden(self, count: int) -> Int32[Array, ""]:
         """A number of rounds that the compiler cannot see, so that a loop of one stays a loop.
@@ -78,6 +91,7 @@ class Problem:
         mask: `[n, d]` bool; None for all True.
         count: rows of all devices that are no padding, int32.
         scale: power of two that brings the points to where squares fit float32 best.
+        weight_scale: the same for the weights.
         columns: the points transposed, which is faster to read; None if they are too many to copy.
         block: rows that sampling takes together. It does not depend on the number of devices, whose
             shares are whole blocks, so that they draw what one device would.
@@ -89,6 +103,7 @@ class Problem:
     mask: Bool[Array, "n d"] | None
     count: Int32[Array, ""]
     scale: Float32[Array, ""]
+    weight_scale: Float32[Array, ""]
     columns: Float[Array, "d n"] | None
     block: int = dataclasses.field(metadata={"static": True})
     axis: str | None = dataclasses.field(default=None, metadata={"static": True})
@@ -122,7 +137,7 @@ class Problem:
     def tile_rows(self) -> int:
         """Rows of a tile; the last one overlaps the one before."""
         parts = 4 if _BUCKETS[0] < self.rows <= _BUCKETS[-1] else 1
-        tiles = max(parts, -(-self.rows // tile_rows(self.dim)))
+        tiles = max(parts, -(-self.rows // _largest_tile(self.dim)))
         even = -(-self.rows // tiles)
         return min(self.rows, -(-even // _LANES) * _LANES)
 
@@ -141,16 +156,24 @@ class Problem:
         weights = counts.astype(jnp.float32)
         elements = None if self.mask is None else cut(self.mask).astype(jnp.float32)
         if self.weights is not None:
-            given = cut(self.weights).astype(jnp.float32)
+            given = cut(self.weights).astype(jnp.float32) * self.weight_scale
             if given.ndim == 1:
                 weights = jnp.where(counts, given, 0.0)
             else:
                 elements = given if elements is None else given * elements
-        if self.columns is None:
-            columns = tuple(points[:, j] for j in range(self.dim))
-        else:
+        columns = None
+        if self.columns is not None:
             across = lax.dynamic_slice_in_dim(self.columns, start, size, axis=1)
             columns = tuple(across[j].astype(jnp.float32) * self.scale for j in range(self.dim))
+        elif self.dim <= _UNROLLED_WIDTH:
+            columns = tuple(points[:, j] for j in range(self.dim))
+        if self.mask is not None or self.weights is not None:
+            # What does not count may be anything, too large to be squared even.
+            used = jnp.broadcast_to(weights[:, None] > 0, points.shape)
+            used = used if elements is None else used & (elements > 0)
+            points = jnp.where(used, points, 0.0)
+            if columns is not None:
+                columns = tuple(jnp.where(used[:, j], x, 0.0) for j, x in enumerate(columns))
         return Tile(start, counts, points, columns, weights, elements)
 
     def fold(self, visit: Callable[[Tile, Any], Any], initial: Any) -> Any:
@@ -166,6 +189,13 @@ class Problem:
         if self.axis is None:
             return jnp.int32(0)
         return lax.axis_index(self.axis) * self.rows
+
+    def unscaled(self, objective: Float32[Array, "*t"]) -> Float32[Array, "*t"]:
+        """A mean squared error of scaled points, in the user's units."""
+        unit = 1 / self.scale
+        objective = objective * unit * unit  # the compiler would divide by the scale's square
+        per_element = self.weights is not None and self.weights.ndim == 2
+        return objective / self.weight_scale if per_element else objective  # of rows, it cancels
 
     def sum(self, values: Any) -> Any:
         """Sums over the devices."""
@@ -197,9 +227,9 @@ class Problem:
         points = fetch(self.points) * self.scale
         elements = None if self.mask is None else fetch(self.mask)
         if self.weights is not None and self.weights.ndim == 2:
-            given = fetch(self.weights)
+            given = fetch(self.weights) * self.weight_scale
             elements = given if elements is None else given * elements
-        return points, elements
+        return points if elements is None else jnp.where(elements > 0, points, 0.0), elements
 
 
 def make_problem(
@@ -216,7 +246,8 @@ def make_problem(
 
     Scaling by a power of two rounds nothing, and keeps squares of very large or small values from
     overflowing or vanishing. What counts is the largest weighted element, or, where all of them are
-    smaller, the nearest given centroid.
+    smaller, the nearest given centroid. It comes to 2^20: so high, for values 10^24 times smaller
+    keep their squares; no higher, for sums of weighted squares have to fit, too.
 
     Args:
         points: sub-vectors, `[n, d]`; under ``jax.shard_map`` this device's.
@@ -227,31 +258,40 @@ def make_problem(
         block: rows that sampling takes together, from `block_rows`.
         axis: mesh axis over which the rows are cut.
     """
-    columns = points.T if points.size <= _LARGEST_COPY else None
-    problem = Problem(points, weights, mask, count, jnp.float32(1), columns, block, axis)
+    small = points.size <= _LARGEST_COPY and points.shape[1] <= _UNROLLED_WIDTH
+    one = jnp.float32(1)
+    columns = points.T if small else None
+    problem = Problem(points, weights, mask, count, one, one, columns, block, axis)
+    if weights is not None:
+        largest = problem.max(jnp.max(weights).astype(jnp.float32))
+        problem = dataclasses.replace(problem, weight_scale=_power_of_two(largest, 0))
 
-    def visit(tile: Tile, largest: Float32[Array, ""]) -> Float32[Array, ""]:
-        counted = jnp.where(tile.mass > 0, jnp.abs(tile.points), 0.0)
-        return jnp.maximum(largest, counted.max())
+    def visit(tile: Tile, largest: Float32[Array, " d"]) -> Float32[Array, " d"]:
+        counted = jnp.where(tile.mass > 0, jnp.abs(tile.points), -1.0)
+        return jnp.maximum(largest, counted.max(axis=0))
 
-    largest = problem.max(problem.fold(visit, jnp.float32(0)))
+    largest = problem.max(problem.fold(visit, jnp.full(problem.dim, -1.0, jnp.float32)))
+    unit = largest.max()
     if centroids is not None:
-        largest = jnp.maximum(largest, jnp.abs(centroids.astype(jnp.float32)).max(axis=1).min())
-    return dataclasses.replace(problem, scale=_power_of_two(largest))
+        across = jnp.where(largest[None] >= 0, jnp.abs(centroids.astype(jnp.float32)), 0.0)
+        unit = jnp.maximum(unit, across.max(axis=1).min())
+    return dataclasses.replace(problem, scale=_power_of_two(unit, 20))
 
 
-def _power_of_two(largest: Float32[Array, ""]) -> Float32[Array, ""]:
-    """The factor that brings the largest value to about 2^20; 1 for zero, infinity and NaN.
-
-    So high, for values 10^25 times smaller keep their squares; and no higher, for sums of squares
-    times weights have to fit, too.
-    """
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    factor = lax.bitcast_convert_type(jnp.clip(254 + 20 - exponent, 1, 253) << 23, jnp.float32)
-    return jnp.where((exponent > 0) & (exponent < 255), factor, 1.0)
+def _weighted(squares: Array, elements: Array | None) -> Array:
+    """Weights squares; one that has no weight may even be infinite."""
+    return squares if elements is None else jnp.where(elements > 0, elements * squares, 0.0)
 
 
-def tile_rows(dim: int) -> int:
+def _power_of_two(largest: Float32[Array, ""], target: int) -> Float32[Array, ""]:
+    """The factor that brings a positive value to about 2^target; 1 for zero, infinity and NaN."""
+    exponent = lax.bitcast_convert_type(jnp.maximum(largest, 0.0), jnp.int32) >> 23
+    factor = jnp.clip(254 + target - exponent, 1, 253) << 23
+    usable = (exponent > 0) & (exponent < 255)
+    return jnp.where(usable, lax.bitcast_convert_type(factor, jnp.float32), 1.0)
+
+
+def _largest_tile(dim: int) -> int:
     """Chooses how many sub-vectors of width `dim` the loops take at once."""
     floats = _TILE_FLOATS.get(jax.default_backend(), _ACCELERATOR_TILE_FLOATS)
     return max(_LANES, floats // (dim + 8) // _LANES * _LANES)

@@ -1,14 +1,13 @@
 """The progress bar of a clustering that runs on a device."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-T = TypeVar("T")
+from ssvq_jax.progress import make_bar
 
 # Callbacks come from the runtime's own threads and know nothing but numbers. One bar at a time.
 _shown: list[Any] = []
@@ -21,48 +20,25 @@ def bar(total: int) -> Iterator[None]:
     Args:
         total: iterations of all starts together.
     """
-    from rich import progress as bars  # here, since importing rich is slow
-
-    with bars.Progress(
-        bars.TextColumn("k-means"),
-        bars.BarColumn(bar_width=24),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[figures]}"),
-        bars.TimeRemainingColumn(compact=True),
-    ) as shown:
+    with make_bar() as shown:
         task = shown.add_task("k-means", total=total, figures="compiling")
         _shown.append((shown, task))
         try:
             yield
             jax.effects_barrier()
+            shown.update(task, total=shown.tasks[task].completed)  # after an early stop
         finally:
             _shown.pop()
 
 
-def bar_over(items: Sequence[T], name: str) -> Iterator[T]:
-    """Goes through items and shows how far it is, and the time left, on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    shown = Console().is_terminal
-    yield from track(items, description=name, transient=True, disable=not shown)
-
-
-def advance(
-    first: Int32[Array, ""],
-    scale: Float32[Array, ""],
-    done: Int32[Array, ""],
-    objective: Float32[Array, ""],
-) -> None:
+def advance(done: Int32[Array, ""], objective: Float32[Array, ""]) -> None:
     """Tells the bar, from within a compiled loop, how far it is.
 
     Args:
-        first: iterations of earlier starts.
-        scale: what the points were multiplied with.
-        done: iterations made of this start.
-        objective: mean squared error per scaled sub-vector.
+        done: iterations made of all starts.
+        objective: mean squared error per sub-vector.
     """
-    jax.debug.callback(_advance, first + done, objective / jnp.square(scale))
+    jax.debug.callback(_advance, done, objective)
 
 
 def _advance(done: Array, objective: Array) -> None:

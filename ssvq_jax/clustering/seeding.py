@@ -52,11 +52,7 @@ def plus_plus(
 
     def left(tile: Tile, nearest: Array, point: Float32[Array, " d"]) -> Float32[Array, " t"]:
         """Errors that remain with one more centroid."""
-        total = jnp.zeros_like(tile.weights)
-        for j, column in enumerate(tile.columns):
-            square = jnp.square(column - point[j])
-            total += square if tile.elements is None else tile.elements[:, j] * square
-        return jnp.minimum(nearest, tile.weights * total)
+        return jnp.minimum(nearest, tile.weights * tile.errors(point))
 
     def draw(nearest: Array, each: tuple[Array, Array]) -> tuple[Array, Float32[Array, " d"]]:
         index, uniforms = each

@@ -134,6 +134,8 @@ class CodebookQuantizer(Quantizer):
         weights = None
         if calibration is not None and calibration.importance is not None:
             weights = calibration.importance.astype(jnp.float32)
+            # Of a slice without any importance (an expert that saw no data) all count alike.
+            weights = jnp.where(jnp.any(weights > 0), weights, jnp.ones_like(weights))
         if self.channel_scale:
             squared = self.per_channel(jnp.square(scales["scale"]), values.ndim)
             squared = squared / jnp.max(squared)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from ssvq_jax.progress import make_bar
 from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.step import Batch, CompressionState, TrainStep
 
@@ -64,7 +65,7 @@ def fit(
     """
     start = int(state.step)
     records = metrics.resume(name, start) if metrics else []
-    progress = _progress()
+    progress = make_bar()
     with progress, _signals() as stopped:
         task = progress.add_task(name, total=steps, completed=start, figures="compiling")
         last_time, last_step = time.perf_counter(), start
@@ -125,23 +126,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-
-
-def _progress() -> Any:
-    from rich import progress as bars  # here, since importing rich is slow
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:  # a pipe or log has no width: do not cut
-        console = Console(width=120)
-    return bars.Progress(
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=12),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[figures]}"),
-        bars.TimeRemainingColumn(compact=True),
-        console=console,
-    )
 
 
 def _readable(record: dict[str, Any]) -> str:

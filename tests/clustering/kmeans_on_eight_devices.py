@@ -78,10 +78,10 @@ def test_quantiles(mesh):
 def test_mini_batches_draw_from_every_share(mesh):
     # Eight groups, one a device; a codeword for each is found only if all are drawn from.
     points = jnp.repeat(jnp.arange(8.0), 500)[:, None] * 10
-    found = kmeans(KEY, points, 8, iterations=5, batch=64, mesh=mesh)
+    found = kmeans(KEY, points, 8, iterations=5, batch=60, mesh=mesh)
     np.testing.assert_allclose(np.sort(found.centroids[:, 0]), np.arange(8) * 10)
     assert found.objective[-1] == 0
-    assert found.batch == 64
+    assert found.batch == 64  # eight a device
 
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])

@@ -129,7 +129,30 @@ def test_a_huge_point_harms_none_of_the_others():
     np.testing.assert_array_equal(np.asarray(codes)[others], expected[others])
 
 
-@pytest.mark.parametrize("width", [33, 100])
+@pytest.mark.parametrize("value", [1e15, 1e25, 3e38])
+def test_what_does_not_count_may_be_anything(value):
+    points, centroids, weights, mask = problem(500, 4, 16)
+    expected = brute_force(points, centroids, weights, mask)
+    filled = jnp.where(mask, points, value)
+    np.testing.assert_array_equal(assign(filled, centroids, weights=weights, mask=mask), expected)
+    zeroed = jnp.where(mask, weights, 0.0)
+    np.testing.assert_array_equal(assign(filled, centroids, weights=zeroed), expected)
+    # Nor may a coordinate of the centroids that no sub-vector has a weight for.
+    points, mask = jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.array([[True, False]] * 2)
+    far = jnp.array([[2.0, value], [1.0, -value]])
+    assert assign(points, far, mask=mask).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e28])
+def test_the_size_of_the_weights_does_not_matter(size):
+    points, centroids, weights, _ = problem(500, 4, 16)
+    np.testing.assert_array_equal(
+        assign(points, centroids, weights=weights * size),
+        assign(points, centroids, weights=weights),
+    )
+
+
+@pytest.mark.parametrize("width", [33, 100, 700])
 def test_wide_sub_vectors(width):
     points, centroids, weights, _ = problem(200, width, 21)
     np.testing.assert_array_equal(assign(points, centroids), brute_force(points, centroids))

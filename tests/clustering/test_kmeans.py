@@ -139,14 +139,52 @@ def test_scale_does_not_matter(scale):
     np.testing.assert_allclose(plain.centroids, scaled.centroids / scale, rtol=1e-5)
 
 
-@pytest.mark.parametrize("value", [1e-40, 3e38])
-def test_the_ends_of_float32(value):
-    # A denormal number is zero to most processors.
-    points = jnp.full((6, 2), value, jnp.float32).at[:3].multiply(-1)
+def test_the_ends_of_float32():
+    points = jnp.full((6, 2), 3e38, jnp.float32).at[:3].multiply(-1)
     result = kmeans(KEY, points, 2, iterations=2)
-    assert np.isfinite(result.centroids).all()
-    np.testing.assert_allclose(result.centroids[result.codes], points, rtol=1e-6, atol=1e-38)
+    np.testing.assert_array_equal(result.centroids[result.codes], points)
     assert result.objective.tolist() == [0, 0]
+
+
+def test_denormal_numbers_count_as_zero():
+    points = jnp.asarray(np.array([[1e-40], [2e-40], [-1e-39], [1.0]], np.float32))
+    result = kmeans(KEY, points, 2, iterations=2)
+    assert sorted(result.centroids[:, 0].tolist()) == [0, 1]
+    assert (result.codes[:3] == result.codes[0]).all()
+    assert (result.codes[:3] != result.codes[3]).all()
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_what_does_not_count_may_be_anything(init):
+    points, mask = normal(15, 400, 3), normal(16, 400, 3) > -0.5
+    rows = jnp.abs(normal(17, 400)).at[:20].set(0.0)
+    filled = jnp.where(mask & (rows > 0)[:, None], points, 1e30)
+    for options in (
+        {"mask": mask, "weights": rows},
+        {"weights": jnp.where(mask, rows[:, None], 0.0)},
+    ):
+        plain = kmeans(KEY, points, 6, iterations=4, init=init, **options)
+        other = kmeans(KEY, filled, 6, iterations=4, init=init, **options)
+        np.testing.assert_array_equal(plain.centroids, other.centroids)
+        np.testing.assert_array_equal(plain.codes, other.codes)
+        np.testing.assert_array_equal(plain.objective, other.objective)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e28])
+def test_the_size_of_the_weights_does_not_matter(size):
+    points, weights = normal(18, 400, 3), jnp.exp(normal(19, 400, 3))
+    for each, factor in ((weights, size), (weights[:, 0], 1.0)):
+        plain = kmeans(KEY, points, 6, iterations=4, weights=each)
+        other = kmeans(KEY, points, 6, iterations=4, weights=each * size)
+        np.testing.assert_array_equal(plain.codes, other.codes)
+        np.testing.assert_allclose(plain.objective * factor, other.objective, rtol=1e-5)
+
+
+def test_wide_sub_vectors():
+    points = normal(20, 300, 512)
+    result = kmeans(KEY, points, 8, iterations=3)
+    np.testing.assert_allclose(result.objective[-1], measured(points, result), rtol=1e-5)
+    np.testing.assert_array_equal(result.codes, assign(points, result.centroids))
 
 
 def test_importance_of_elements_against_its_own_definition():
