@@ -6,7 +6,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ssvq_jax.clustering.checks import check_centroids, check_points
 from ssvq_jax.clustering.compilation import compiled
-from ssvq_jax.clustering.problem import Tile, bucketed, make_problem
+from ssvq_jax.clustering.problem import bucketed, make_problem
+from ssvq_jax.clustering.tile import Tile
 
 # Products unrolled into one loop body: longer ones take longer to compile and are no faster.
 _UNROLLED = 256

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,73 +11,18 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from ssvq_jax.clustering.tile import LANES, Tile
+
 # Floats that a tile's coordinates and running results take: on the CPU what stays near a core (a
 # tile is read k/16 times) and still outweighs starting a loop, on accelerators what fills one.
 _TILE_FLOATS = {"cpu": 2**20}
 _ACCELERATOR_TILE_FLOATS = 2**24
-_LANES = 128
 _LARGEST_COPY = 2**24  # numbers; 64 MiB in float32
-_UNROLLED_WIDTH = (
-    64  # wider sub-vectors are summed up by a loop: unrolled, they take long to compile
-)
+# Wider sub-vectors are summed up by a loop: unrolled, they compile slowly.
+_UNROLLED_WIDTH = 64
 # Problems up to the largest of these sizes share compiled loops: their rows are padded to the next.
 # The loops take a quarter at once, and leave out quarters that are nothing but padding.
 _BUCKETS = (2**11, 2**13, 2**15, 2**17)
-
-
-class Tile(NamedTuple):
-    """Consecutive sub-vectors.
-
-    Attributes:
-        start: row of the first among those of this device.
-        counts: `[t]` bool, whether a row is to be counted here: not if it is padding, or if another
-            tile, which overlaps with this one, counts it.
-        points: `[t, d]` float32, times the problem's scale.
-        columns: the same, coordinate by coordinate, `[t]` each; None for wide sub-vectors.
-        weights: `[t]` float32, weight p of each; zero where it does not count.
-        elements: `[t, d]` float32, weights w of the elements; None for ones.
-    """
-
-    start: Int32[Array, ""]
-    counts: Bool[Array, " t"]
-    points: Float32[Array, "t d"]
-    columns: tuple[Float32[Array, " t"], ...] | None
-    weights: Float32[Array, " t"]
-    elements: Float32[Array, "t d"] | None
-
-    @property
-    def mass(self) -> Float32[Array, "t w"]:
-        """Weights p_i w_ij, `[t, d]`, or `[t, 1]` where they are the same for all elements."""
-        mass = self.weights[:, None]
-        return mass if self.elements is None else mass * self.elements
-
-    @property
-    def members(self) -> Float32[Array, " t"]:
-        """Weights p of those that have a weighted element: others neither move nor hold a codeword.
-
-        They still count in the objective's divisor.
-        """
-        if self.elements is None:
-            return self.weights
-        return jnp.where((self.elements > 0).any(axis=1), self.weights, 0.0)
-
-    def errors(self, point: Float32[Array, " d"]) -> Float32[Array, " t"]:
-        """Weighted squared differences to one point, sum_j w_ij (x_ij - c_j)^2."""
-        if self.columns is None:
-            return _weighted(jnp.square(self.points - point[None]), self.elements).sum(axis=1)
-        total = jnp.zeros_like(self.weights)
-        for j, column in enumerate(self.columns):
-            elements = None if self.elements is None else self.elements[:, j]
-            total += _weighted(jnp.square(column - point[j]), elements)
-        return total
-
-    def hidden(self, count: int) -> Int32[Array, ""]:
-        """A number of rounds that the compiler cannot see, so that a loop of one stays a loop.
-
-        What a loop reads is laid out before, and what it returns is computed once, whoever reads
-        it: both are faster than what the compiler's fusion would make of the same operations.
-        """
-        return jnp.where(self.start >= 0, jnp.int32(count), jnp.int32(0))
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +84,7 @@ class Problem:
         parts = 4 if _BUCKETS[0] < self.rows <= _BUCKETS[-1] else 1
         tiles = max(parts, -(-self.rows // _largest_tile(self.dim)))
         even = -(-self.rows // tiles)
-        return min(self.rows, -(-even // _LANES) * _LANES)
+        return min(self.rows, -(-even // LANES) * LANES)
 
     def tile(self, index: Int32[Array, ""] | int) -> Tile:
         """Takes out one tile; a row counts in the first tile that holds it."""
@@ -278,11 +223,6 @@ def make_problem(
     return dataclasses.replace(problem, scale=_power_of_two(unit, 20))
 
 
-def _weighted(squares: Array, elements: Array | None) -> Array:
-    """Weights squares; one that has no weight may even be infinite."""
-    return squares if elements is None else jnp.where(elements > 0, elements * squares, 0.0)
-
-
 def _power_of_two(largest: Float32[Array, ""], target: int) -> Float32[Array, ""]:
     """The factor that brings a positive value to about 2^target; 1 for zero, infinity and NaN."""
     exponent = lax.bitcast_convert_type(jnp.maximum(largest, 0.0), jnp.int32) >> 23
@@ -294,7 +234,7 @@ def _power_of_two(largest: Float32[Array, ""], target: int) -> Float32[Array, ""
 def _largest_tile(dim: int) -> int:
     """Chooses how many sub-vectors of width `dim` the loops take at once."""
     floats = _TILE_FLOATS.get(jax.default_backend(), _ACCELERATOR_TILE_FLOATS)
-    return max(_LANES, floats // (dim + 8) // _LANES * _LANES)
+    return max(LANES, floats // (dim + 8) // LANES * LANES)
 
 
 def bucket(rows: int) -> int:
@@ -305,12 +245,6 @@ def bucket(rows: int) -> int:
 def block_rows(rows: int) -> int:
     """Rows that sampling takes together of so many (padding not counted): about the root."""
     return math.isqrt(bucket(rows) - 1) + 1
-
-
-def lane_sum(values: Float32[Array, " t"]) -> Float32[Array, ""]:
-    """Sums in as many parts as a processor has lanes: faster, and with smaller rounding errors."""
-    padded = jnp.pad(values, (0, -values.shape[0] % _LANES))
-    return padded.reshape(-1, _LANES).sum(axis=0).sum()
 
 
 def bucketed(
@@ -324,11 +258,9 @@ def bucketed(
     size = rows if isinstance(points, Tracer) else bucket(rows)
     padding = size + (-size % multiple) - rows
 
-    def pad(values: Array | None) -> Array | None:
-        if values is None or padding == 0:
+    def pad(values: Array) -> Array:
+        if padding == 0:
             return values
         return jnp.pad(values, [(0, padding)] + [(0, 0)] * (values.ndim - 1))
 
-    padded = pad(points)
-    assert padded is not None
-    return padded, pad(weights), pad(mask)
+    return pad(points), *jax.tree.map(pad, (weights, mask))

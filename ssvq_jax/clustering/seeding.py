@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32, Key
 
-from ssvq_jax.clustering.problem import Problem, Tile, bucket, lane_sum
+from ssvq_jax.clustering.problem import Problem, bucket
+from ssvq_jax.clustering.tile import Tile, lane_sum
 
 Seeding = Callable[[Key[Array, ""], Problem, int], Float32[Array, "k d"]]
 

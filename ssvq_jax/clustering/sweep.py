@@ -8,7 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from ssvq_jax.clustering.assignment import nearest
-from ssvq_jax.clustering.problem import Problem, Tile, lane_sum
+from ssvq_jax.clustering.problem import Problem
+from ssvq_jax.clustering.tile import Tile, lane_sum
 
 
 class Sums(NamedTuple):

@@ -180,25 +180,26 @@ def test_empty_evaluation_is_an_error():
         make_evaluate(linen_forward(Net()))(init()["params"], {}, [])
 
 
-def test_divergence_is_named():
+def begun(steps):
+    """A plan and the first state of a run."""
     params = init()["params"]
     plan = ssvq.make_plan(params, RULES)
     state = make_state(
-        task().forward, plan.init(jax.random.key(0), params), make_optimizer(plan, 10, FAST),
+        task().forward, plan.init(jax.random.key(0), params), make_optimizer(plan, steps, FAST),
         jax.random.key(2),
     )  # fmt: skip
+    return plan, state
+
+
+def test_divergence_is_named():
+    plan, state = begun(10)
     broken = iter([examples() | {"image": np.full((64, 4, 4, 1), np.nan, np.float32)}] * 10)
     with pytest.raises(ValueError, match="run: the loss is nan at step 10: use lower"):
         fit(state, make_train_step(plan), broken, 10, name="run")
 
 
 def test_a_signal_while_a_state_is_kept_ends_the_next_step_with_a_save():
-    params = init()["params"]
-    plan = ssvq.make_plan(params, RULES)
-    state = make_state(
-        task().forward, plan.init(jax.random.key(0), params), make_optimizer(plan, 40, FAST),
-        jax.random.key(2),
-    )  # fmt: skip
+    plan, state = begun(40)
     kept = []
 
     def keep(state, step, *, loss, force):
