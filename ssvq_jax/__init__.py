@@ -6,6 +6,7 @@ learned with any optax optimizer inside `freeze_signs`, and `Plan.finalize` the 
 
 from importlib.metadata import version
 
+from ssvq_jax.packing import PackedFile, PackedFileError, load, save
 from ssvq_jax.plan import Packed, Plan, make_plan
 from ssvq_jax.quantizers import Calibration, SignSplit, Uniform, Vector
 from ssvq_jax.recipe import PRESETS, Rule, load_recipe
@@ -19,6 +20,8 @@ __all__ = [
     "Calibration",
     "LeafSpec",
     "Packed",
+    "PackedFile",
+    "PackedFileError",
     "Plan",
     "Rule",
     "SignSplit",
@@ -27,7 +30,9 @@ __all__ = [
     "__version__",
     "cosine_threshold",
     "freeze_signs",
+    "load",
     "load_recipe",
     "make_plan",
+    "save",
     "split",
 ]

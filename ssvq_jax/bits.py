@@ -1,8 +1,9 @@
 """Where the bits of a plan go: a row an entry, totals by method, and the two ratios."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Sequence
+
+import jax.numpy as jnp
 
 from ssvq_jax.entries import Entry
 from ssvq_jax.tree import LeafSpec
@@ -18,7 +19,7 @@ class BitsRow:
         settings: the method's main settings, readable.
         shape: shape of the leaf; empty for totals.
         weights: number of weights.
-        bits: stored bits by field.
+        bits: stored bits by field, those that fill last bytes included.
     """
 
     name: str
@@ -35,8 +36,8 @@ class BitsRow:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the bit streams, each begun on a new byte."""
-        return sum(math.ceil(bits / 8) for bits in self.bits.values())
+        """Stored bytes of all fields."""
+        return self.total_bits // 8
 
     @property
     def bits_per_weight(self) -> float:
@@ -118,12 +119,15 @@ class BitsTable:
 
 
 def bits_table(
-    entries: Iterable[Entry], leaves: Iterable[LeafSpec], compressed: Collection[str]
+    entries: Iterable[Entry],
+    leaves: Iterable[LeafSpec],
+    compressed: Collection[str],
+    dense_dtype: str | None = None,
 ) -> BitsTable:
-    """Counts the bits of a plan's entries and dense leaves."""
+    """Counts the bits of a plan's entries and dense leaves, these in their own or another dtype."""
     rows = []
     for entry in entries:
-        bits = {stream.field: stream.bits for stream in entry.storage.streams}
+        bits = {stream.field: 8 * stream.bytes for stream in entry.storage.streams}
         weights = sum(leaf.size for leaf in entry.leaves)
         method = entry.quantizer.method
         rows.append(
@@ -131,7 +135,8 @@ def bits_table(
         )
     for leaf in leaves:
         if leaf.path not in compressed:
-            bits = {leaf.dtype.name: 8 * leaf.dtype.itemsize * leaf.size}
+            dtype = jnp.dtype(dense_dtype or leaf.dtype)
+            bits = {dtype.name: 8 * dtype.itemsize * leaf.size}
             rows.append(BitsRow(leaf.path, "dense", "", leaf.shape, leaf.size, bits))
     return BitsTable(tuple(rows))
 

@@ -95,7 +95,7 @@ def block_layout(
         raise ValueError(f"leaf '{path}' of shape {shape} is empty: keep it dense (quantizer None)")
     padding = -length % dim
     if padding and not pad:
-        divisors = [d for d in range(1, length + 1) if length % d == 0 and d <= 2 * dim]
+        divisors = [d for d in range(1, min(length, 2 * dim, 256) + 1) if length % d == 0]
         raise ValueError(
             f"leaf '{path}' of shape {shape}: dim={dim} does not divide axis {axis} of length "
             f"{length}; choose a dim of {divisors}, another axis, or pad=True "

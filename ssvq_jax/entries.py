@@ -1,7 +1,7 @@
 """Rules matched to leaves: what one quantizer call covers, a leaf or leaves sharing a codebook."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from ssvq_jax.blocks import BlockLayout
 from ssvq_jax.quantizers import Calibration, Quantizer, Storage
+from ssvq_jax.quantizers.base import Fields
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
+from ssvq_jax.quantizers.streams import decode_streams
 from ssvq_jax.recipe import Recipe, Rule
 from ssvq_jax.tree import LeafSpec
 
@@ -51,6 +53,11 @@ class Entry:
     def scatter(self, weight: Float[Array, "..."]) -> dict[str, Array]:
         """Inverts `gather`."""
         return {self.name: weight}
+
+    def decode(self, streams: Mapping[str, Any]) -> dict[str, Array]:
+        """Decodes what `ssvq_jax.quantizers.streams.pack_fields` gave; leaves by leaf path."""
+        spec = dataclasses.replace(self.spec, path="")  # leaves of a shape share compiled code
+        return self.scatter(decode_streams(self.quantizer, dict(streams), spec))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,37 @@ class SharedEntry(Entry):
         cuts = np.cumsum([layout.count for layout in layouts])[:-1].tolist()
         parts = zip(layouts, self.leaves, jnp.split(weight, cuts), strict=True)
         return {leaf.path: lay.join(part).astype(leaf.dtype) for lay, leaf, part in parts}
+
+    def parts(self, fields: Fields) -> Iterator[tuple[LeafSpec, CodebookQuantizer, Fields]]:
+        """Gives every leaf its own part of what `Quantizer.pack` gave for all.
+
+        Args:
+            fields: numbers by field: of sub-vectors (codes), of the codebook, or of weights.
+
+        Yields:
+            The leaf, the method as it would be for this leaf alone, and its fields.
+
+        Raises:
+            ValueError: if sub-vectors run along the stacked axes of a leaf.
+        """
+        codes, start = fields["codes"], 0
+        for layout, leaf in zip(self._layouts(), self.leaves, strict=True):
+            axis = layout.axis - len(leaf.shape)  # the same with and without stacked axes
+            if layout.axis < leaf.stacked:
+                raise ValueError(
+                    f"leaf '{leaf.path}': its sub-vectors run along stacked axis {layout.axis}, so "
+                    "that its slices cannot be decoded by themselves: use axis=-1"
+                )
+            part = slice(start, start + layout.count)
+            start += layout.count
+            lead = leaf.shape[: leaf.stacked]
+            own: dict[str, Any] = {"codes": codes[part].reshape(*lead, -1)}
+            for name, field in fields.items():
+                if name.startswith("codebook"):
+                    own[name] = jnp.broadcast_to(field, (*lead, *field.shape))
+                elif name != "codes":
+                    own[name] = layout.join(field[part])
+            yield leaf, dataclasses.replace(self.quantizer, axis=axis), own
 
     def _layouts(self) -> list[BlockLayout]:
         quantizer = dataclasses.replace(self.quantizer, axis=self.axis)
@@ -156,28 +194,61 @@ def check_importance(path: str, shape: tuple[int, ...], calibration: Calibration
         )
 
 
-def match_rules(
-    recipe: Recipe, specs: Mapping[str, LeafSpec]
-) -> tuple[list[LeafSpec], list[Entry]]:
-    """Finds the rule of every leaf and checks that its quantizer can take it.
+def match_rules(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> dict[str, Rule]:
+    """Finds the rule of every leaf: the first that matches.
+
+    Returns:
+        The rules by leaf path.
+
+    Raises:
+        ValueError: for a leaf without a rule, a rule without a leaf, or a recipe that names
+            quantizers and would compress nothing.
+    """
+    chosen: dict[str, Rule] = {}
+    uncovered = []
+    for path in specs:
+        rule = next((rule for rule in recipe if rule.matches(path)), None)
+        if rule is None:
+            uncovered.append(path)
+        else:
+            chosen[path] = rule
+    if uncovered:
+        raise ValueError(
+            f"no rule covers {_some(uncovered)}: add a rule for them, or end with ('.*', None) to "
+            "keep the rest dense"
+        )
+    matched = set(chosen.values())
+    idle = [rule.pattern for rule in recipe if rule not in matched and not rule.optional]
+    wanted = any(rule.quantizer is not None for rule in recipe)
+    if idle or (wanted and all(rule.quantizer is None for rule in matched)):
+        raise ValueError(
+            f"{'rules ' + _some(idle) + ' match' if idle else 'the recipe matches'} no leaf that "
+            "an earlier rule has not taken: patterns must match whole leaf paths, which here are "
+            f"{_some(list(specs))}"
+        )
+    return chosen
+
+
+def bind_rules(
+    chosen: Mapping[str, Rule], specs: Mapping[str, LeafSpec]
+) -> tuple[tuple[LeafSpec, ...], tuple[Entry, ...]]:
+    """Puts leaves and their rules together, and checks that the quantizers can take them.
+
+    Args:
+        chosen: the rule of every leaf, by leaf path.
+        specs: the leaves by leaf path, in the tree's order.
 
     Returns:
         The leaves, with the stacked axes that their rules say, and what is compressed.
 
     Raises:
-        ValueError: see `ssvq_jax.make_plan`.
+        ValueError: naming the leaf that its quantizer cannot take.
     """
     leaves: list[LeafSpec] = []
     entries: list[Entry] = []
-    matched: set[Rule] = set()
     shares: dict[str, list[tuple[Rule, LeafSpec]]] = {}
-    uncovered = []
     for path, spec in specs.items():
-        rule = next((rule for rule in recipe if rule.matches(path)), None)
-        if rule is None:
-            uncovered.append(path)
-            continue
-        matched.add(rule)
+        rule = chosen[path]
         if rule.quantizer is not None:
             spec = dataclasses.replace(spec, stacked=rule.stacked)
             if rule.share is not None:
@@ -185,26 +256,13 @@ def match_rules(
             else:
                 entries.append(Entry(path, rule.quantizer, (spec,)))
         leaves.append(spec)
-    if uncovered:
-        raise ValueError(
-            f"no rule covers {_some(uncovered)}: add a rule for them, or end with ('.*', None) to "
-            "keep the rest dense"
-        )
-    idle = [rule.pattern for rule in recipe if rule not in matched and not rule.optional]
-    wanted = any(rule.quantizer is not None for rule in recipe)
-    if idle or (wanted and not entries and not shares):
-        raise ValueError(
-            f"{'rules ' + _some(idle) + ' match' if idle else 'the recipe matches'} no leaf that "
-            "an earlier rule has not taken: patterns must match whole leaf paths, which here are "
-            f"{_some(list(specs))}"
-        )
     for name, members in shares.items():
         if name in specs:
             raise ValueError(f"share='{name}' is also the path of a leaf: choose another name")
         entries.append(share_entry(name, members))
     for entry in entries:
         entry.check()
-    return leaves, entries
+    return tuple(leaves), tuple(entries)
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -14,11 +14,20 @@ from jaxtyping import Array, Key
 
 from ssvq_jax import tree
 from ssvq_jax.bits import BitsTable, bits_table
-from ssvq_jax.entries import Entry, check_importance, gather_calibration, match_rules
+from ssvq_jax.entries import (
+    Entry,
+    bind_rules,
+    check_importance,
+    gather_calibration,
+    match_rules,
+)
 from ssvq_jax.progress import bar_over
 from ssvq_jax.quantizers import Calibration, Quantizer
+from ssvq_jax.quantizers.streams import pack_fields
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
+
+DENSE_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,28 +137,38 @@ class Plan:
             },
         }
 
-    def finalize(self, variables: Variables) -> "Packed":
+    def finalize(self, variables: Variables, *, dense_dtype: str | None = None) -> "Packed":
         """Turns trained variables into exactly what is stored.
 
         Args:
             variables: the three collections.
+            dense_dtype: what dense leaves are stored in: float32, float16 or bfloat16; by default
+                in their own dtype.
 
         Returns:
-            The packed model; it decodes to the very weights that training saw last.
+            The packed model; it decodes to the very weights that training saw last, but for the
+            rounding of dense leaves to another dtype.
 
         Raises:
-            ValueError: if a collection is missing.
+            ValueError: if a collection is missing, or a dense leaf does not fit the dtype.
         """
         tree.split(variables)
-        fields = {}
+        streams = {}
         for entry in self.entries:
             encoded = variables["vq"][entry.name], variables["vq_state"].get(entry.name, {})
-            fields[entry.name] = entry.quantizer.pack(*encoded, entry.spec)
-        return Packed(self, jax.tree.map(np.asarray, variables["params"]), fields)
+            fields = entry.quantizer.pack(*encoded, entry.spec)
+            streams[entry.name] = pack_fields(entry.quantizer, fields, entry.spec)
+        store = functools.partial(_store_dense, dtype=dense_dtype)
+        params = jax.tree_util.tree_map_with_path(store, variables["params"])
+        return Packed(self, params, streams)
 
-    def bits(self) -> BitsTable:
-        """Counts the stored bits of every leaf; needs no weights."""
-        return bits_table(self.entries, self.leaves, self.compressed)
+    def bits(self, dense_dtype: str | None = None) -> BitsTable:
+        """Counts the stored bits of every leaf; needs no weights.
+
+        Args:
+            dense_dtype: what dense leaves are stored in; by default in their own dtype.
+        """
+        return bits_table(self.entries, self.leaves, self.compressed, dense_dtype)
 
     def __str__(self) -> str:
         """The bits table as text."""
@@ -196,27 +215,42 @@ class Plan:
         return arrays
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "streams"], meta_fields=["plan"]
+)
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A finalized model: what a file holds. Made by `Plan.finalize`.
 
     Attributes:
         plan: the plan.
-        params: dense leaves as host arrays, None in the holes.
-        fields: stored fields of every entry, by entry name.
+        params: dense leaves as host arrays in the dtype they are stored in, None in the holes.
+        streams: what is stored of every entry, by entry name and field: bytes of codes and signs,
+            codebooks and scales in their stored dtype.
     """
 
     plan: Plan
     params: PyTree
-    fields: Mapping[str, Mapping[str, np.ndarray]]
+    streams: Mapping[str, Mapping[str, np.ndarray]]
 
     def decode(self) -> PyTree:
         """Rebuilds the parameter tree with the user's structure, shapes and dtypes."""
         leaves = {}
         for entry in self.plan.entries:
-            encoded = entry.quantizer.unpack(self.fields[entry.name], entry.spec)
-            leaves |= entry.scatter(entry.quantizer.decode(*encoded, entry.spec))
-        return tree.fill(jax.tree.map(jnp.asarray, self.params), leaves)
+            leaves |= entry.decode(self.streams[entry.name])
+        return tree.fill(self.dense(), leaves)
+
+    def dense(self) -> PyTree:
+        """The dense leaves as arrays in the user's dtypes, None in the holes."""
+        dtypes = {leaf.path: leaf.dtype for leaf in self.plan.leaves}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.asarray(leaf).astype(dtypes[tree.leaf_path(path)]), self.params
+        )
+
+    def bits(self) -> BitsTable:
+        """Counts the stored bits of every leaf."""
+        dense = {leaf.dtype.name for leaf in jax.tree.leaves(self.params)}
+        return self.plan.bits(dense.pop() if len(dense) == 1 else None)
 
 
 def make_plan(params: PyTree, rules: Iterable[Rule | tuple[str, Quantizer | None]]) -> Plan:
@@ -247,8 +281,25 @@ def make_plan(params: PyTree, rules: Iterable[Rule | tuple[str, Quantizer | None
 
 
 def _bind(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> Plan:
-    leaves, entries = match_rules(recipe, specs)
-    return Plan(recipe, tuple(leaves), tuple(entries))
+    return Plan(recipe, *bind_rules(match_rules(recipe, specs), specs))
+
+
+def _store_dense(path: Any, leaf: Any, dtype: str | None) -> np.ndarray:
+    """A dense leaf on the host, rounded to the dtype it is stored in."""
+    leaf = np.asarray(leaf)
+    if dtype is None:
+        return leaf
+    if dtype not in DENSE_DTYPES:
+        raise ValueError(f"dense_dtype={dtype!r}: choose one of {DENSE_DTYPES}, or None")
+    with np.errstate(over="ignore"):
+        stored = leaf.astype(jnp.dtype(dtype))
+    lost = int(np.sum(np.isfinite(leaf) & ~np.isfinite(stored)))
+    if lost:
+        raise ValueError(
+            f"dense leaf '{tree.leaf_path(path)}' has {lost} values beyond the range of {dtype}: "
+            "use bfloat16, or its own dtype"
+        )
+    return stored
 
 
 def _check_finite(path: str, weight: Any) -> None:

@@ -30,6 +30,7 @@ class EvalCommand(BatchOptions, ModelOptions):
 
         import jax
 
+        from ssvq_jax.atomic import replace_text
         from ssvq_jax.cli.session import sizes
         from ssvq_jax.cli.setup import make_task, set_up
         from ssvq_jax.cli.weights import run_config
@@ -37,7 +38,6 @@ class EvalCommand(BatchOptions, ModelOptions):
         from ssvq_jax.report import print_outcome, provenance
         from ssvq_jax.training.batch_norm import reestimate_batch_norm
         from ssvq_jax.training.layout import local_layout
-        from ssvq_jax.training.metrics import replace_text
         from ssvq_jax.training.step import make_evaluate
 
         if self.out is not None and self.out.exists() and not self.out.is_dir():

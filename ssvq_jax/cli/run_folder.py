@@ -67,7 +67,7 @@ class RunFolder:
 
     def write(self, name: str, data: Mapping[str, Any]) -> None:
         """Writes a JSON file, whole or not at all."""
-        from ssvq_jax.training.metrics import replace_text
+        from ssvq_jax.atomic import replace_text
 
         replace_text(self.path / name, json.dumps(data, indent=1) + "\n")
 

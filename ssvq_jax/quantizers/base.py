@@ -8,6 +8,7 @@ method never sees a stacked axis. Every function is jit-able with the record and
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
+from ssvq_jax.bitstream import bytes_of
 from ssvq_jax.tree import LeafSpec
 
 Fields = Mapping[str, Any]
@@ -48,22 +50,54 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One field as it is stored: ``count`` integers of ``width`` bits each.
+    """One field as it is stored: numbers of few bits side by side, or floats.
 
     Attributes:
         field: name of the field in `Quantizer.pack`.
-        count: how many numbers.
-        width: bits of one number.
+        shape: shape of the field of one slice.
+        dtype: dtype of the field: unsigned integers and booleans are stored in the bits that they
+            need, all others as they are.
+        values: how many different numbers there are, for unsigned integers and booleans.
+        slices: slices that have such a field, each begun on a new byte.
     """
 
     field: str
-    count: int
-    width: int
+    shape: tuple[int, ...]
+    dtype: str
+    values: int | None = None
+    slices: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many numbers, over all slices."""
+        return self.slices * self.slice_count
+
+    @property
+    def slice_count(self) -> int:
+        """How many numbers a slice has."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bits of one number."""
+        if self.values is not None:
+            return (self.values - 1).bit_length()
+        return 8 * jnp.dtype(self.dtype).itemsize
 
     @property
     def bits(self) -> int:
-        """Bits of the whole stream."""
+        """Bits of all numbers, without what fills their last bytes."""
         return self.count * self.width
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of a slice."""
+        return bytes_of(self.slice_count, self.width)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slices: what the file holds."""
+        return self.slices * self.slice_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +117,9 @@ class Storage:
 
     def times(self, slices: int) -> "Storage":
         """Storage of as many equal weights."""
-        return Storage(tuple(dataclasses.replace(s, count=s.count * slices) for s in self.streams))
+        return Storage(
+            tuple(dataclasses.replace(s, slices=s.slices * slices) for s in self.streams)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +296,3 @@ def check_integer(name: str, value: Any, *, least: int, most: int | None = None)
     if not whole or value < least or (most is not None and value > most):
         bound = f"{least} to {most}" if most is not None else f"at least {least}"
         raise ValueError(f"{name}={value!r}: it must be a whole number, {bound}")
-
-
-def code_dtype(width: int) -> np.dtype:
-    """The smallest unsigned integer type that holds codes of ``width`` bits."""
-    return np.dtype(np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint32)

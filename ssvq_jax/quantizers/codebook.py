@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt
 
+from ssvq_jax.bitstream import number_dtype
 from ssvq_jax.blocks import BlockLayout, block_layout
 from ssvq_jax.clustering import assign, kmeans
 from ssvq_jax.quantizers.base import (
@@ -18,7 +19,6 @@ from ssvq_jax.quantizers.base import (
     Stream,
     check_channel_axis,
     check_integer,
-    code_dtype,
     round_scale,
     straight_through,
 )
@@ -57,7 +57,7 @@ class CodebookQuantizer(Quantizer):
     iterations: int = 50
 
     def __post_init__(self) -> None:
-        check_integer("codewords", self.codewords, least=2)
+        check_integer("codewords", self.codewords, least=2, most=2**31)
         check_integer("dim", self.dim, least=1)
         check_integer("iterations", self.iterations, least=1)
         if self.codebook_dtype not in get_args(CodebookDtype):
@@ -152,7 +152,7 @@ class CodebookQuantizer(Quantizer):
         )
         stored = self.stored_codebook(result.centroids)
         codes = assign(points, stored, weights=weights, mask=layout.real())
-        return result.centroids, codes.astype(code_dtype(self.code_width))
+        return result.centroids, codes.astype(number_dtype(self.code_width))
 
     def stored_codebook(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
         """The codebook as the file holds it, straight-through."""
@@ -182,14 +182,15 @@ class CodebookQuantizer(Quantizer):
 
     def codebook_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook and scales of one slice."""
-        size = self.codewords * self.dim
-        streams = [Stream("codes", self.layout(spec).count, self.code_width)]
+        code_dtype = number_dtype(self.code_width).name
+        streams = [
+            Stream("codes", (self.layout(spec).count,), code_dtype, values=self.codewords),
+            Stream("codebook", (self.codewords, self.dim), self.codebook_dtype),
+        ]
         if self.codebook_dtype == "int8":
-            streams += [Stream("codebook", size, 8), Stream("codebook_scale", 1, 16)]
-        else:
-            streams += [Stream("codebook", size, 8 * jnp.dtype(self.codebook_dtype).itemsize)]
+            streams.append(Stream("codebook_scale", (), "bfloat16"))
         if self.channel_scale:
-            streams.append(Stream("scale", spec.shape[self.channel_axis], 16))
+            streams.append(Stream("scale", (spec.shape[self.channel_axis],), "bfloat16"))
         return Storage(tuple(streams))
 
     def codebook_pack(self, learned: Fields, fixed: Fields) -> dict[str, Array]:

@@ -97,7 +97,7 @@ class SignSplit(CodebookQuantizer):
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook and one bit a weight."""
-        signs = Stream("signs", spec.size, 1)
+        signs = Stream("signs", spec.shape, "bool", values=2)
         return Storage((*self.codebook_storage(spec).streams, signs))
 
     def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:

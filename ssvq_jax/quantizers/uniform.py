@@ -110,9 +110,8 @@ class Uniform(Quantizer):
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Levels and steps."""
-        return Storage(
-            (Stream("levels", spec.size, self.bits), Stream("step", self._steps(spec), 16))
-        )
+        levels = Stream("levels", spec.shape, "uint8", values=2**self.bits)
+        return Storage((levels, Stream("step", (self._steps(spec),), "bfloat16")))
 
     def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
         """Levels, shifted to be non-negative, and steps."""

@@ -1,10 +1,11 @@
 """Records of runs as JSON lines, in step with the checkpoints."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ssvq_jax.atomic import replace_text
 
 
 class MetricsFile:
@@ -68,13 +69,3 @@ class MetricsFile:
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
         if self.path.exists():
             replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a whole file, or leaves the old one: no interrupt shows half of it."""
-    new = file.with_name(f".{file.name}.new")
-    with new.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)

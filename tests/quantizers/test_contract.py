@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax import LeafSpec, SignSplit, Uniform, Vector
+from ssvq_jax import LeafSpec, Rule, SignSplit, Uniform, Vector, load, make_plan, save
 from ssvq_jax.quantizers import METHODS, Calibration, from_json, to_json
+from ssvq_jax.quantizers.streams import (
+    decode_streams,
+    pack_fields,
+    stream_shape,
+    unpack_fields,
+)
 from ssvq_jax.tree import split
 
 CASES = {
@@ -106,13 +112,62 @@ def test_storage_is_what_pack_gives(quantizer, spec):
     fields = quantizer.pack(*encode(quantizer, spec), spec)
     storage = quantizer.storage(spec)
     assert {s.field: s.count for s in storage.streams} == {k: v.size for k, v in fields.items()}
+    lead = spec.shape[: spec.stacked]
     for stream in storage.streams:
-        values = fields[stream.field]
-        if values.dtype.kind in "ub":  # codes, signs, levels: the width must hold every value
-            assert int(values.max()) < 2**stream.width
-        else:
-            assert 8 * values.dtype.itemsize == stream.width
+        field = fields[stream.field]
+        assert (field.shape, field.dtype) == ((*lead, *stream.shape), jnp.dtype(stream.dtype))
+        if stream.values is not None:  # codes, signs, levels: numbers of few bits
+            assert field.dtype.kind in "ub"
+            assert int(field.max()) < stream.values <= 2**stream.width
     assert storage.bits == sum(fields[s.field].size * s.width for s in storage.streams)
+
+
+@every_case
+def test_streams_hold_what_pack_gives_in_the_bytes_that_storage_counts(quantizer, spec):
+    learned, fixed = encode(quantizer, spec)
+    fields = quantizer.pack(learned, fixed, spec)
+    streams = pack_fields(quantizer, fields, spec)
+    for stream in quantizer.storage(spec).streams:
+        assert streams[stream.field].nbytes == stream.bytes
+        assert streams[stream.field].shape == stream_shape(stream, spec)
+    back = unpack_fields(quantizer, streams, spec)
+    assert {name: (x.shape, x.dtype) for name, x in back.items()} == {
+        name: (x.shape, x.dtype) for name, x in fields.items()
+    }
+    assert jax.tree.all(jax.tree.map(np.array_equal, dict(fields), back))
+    decoded = decode_streams(quantizer, streams, spec)
+    assert np.array_equal(
+        decoded, jax.jit(quantizer.decode, static_argnums=2)(learned, fixed, spec)
+    )
+
+
+@every_case
+def test_the_file_keeps_every_bit(quantizer, spec, tmp_path):
+    specs = {"w": spec, "b": LeafSpec("b", (3,), "float32")}
+    plan = make_plan(specs, [Rule("w", quantizer, stacked=spec.stacked), ("b", None)])
+    learned, fixed = encode(quantizer, spec)
+    bias = jnp.array([1.0, -0.0, jnp.inf])
+    packed = plan.finalize(
+        {"params": {"w": None, "b": bias}, "vq": {"w": learned}, "vq_state": {"w": fixed}}
+    )
+    for codec in ("plain", "entropy"):
+        save(tmp_path / "model.safetensors", packed, codec=codec)
+        with load(tmp_path / "model.safetensors") as file:
+            assert file.plan == plan
+            read, decoded = file.read(), file.decode()
+            held = file.file_bytes - file.header_bytes
+            assert 8 * held == file.bits().model.total_bits
+            if codec == "plain":
+                assert file.bits() == plan.bits()
+            else:
+                assert held <= plan.bits().stored_bytes
+        assert jax.tree.structure(read) == jax.tree.structure(packed)
+        for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(packed), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert np.array_equal(ours, theirs)
+        assert decoded["w"].dtype == spec.dtype
+        assert np.array_equal(decoded["w"], packed.decode()["w"])
+        assert np.array_equal(decoded["b"], bias)
 
 
 @every_quantizer
@@ -195,7 +250,7 @@ def test_json_round_trip(quantizer):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: from_json({"method": "vector", "codewords": 1}), "codewords=1: .* at least 2"),
+        (lambda: from_json({"method": "vector", "codewords": 1}), "codewords=1: .* 2 to"),
         (lambda: from_json({"method": "sign_split", "dim": 0}), "dim=0: .* at least 1"),
         (lambda: from_json({"method": "vector", "codewords": "64"}), "codewords='64': .* whole"),
         (

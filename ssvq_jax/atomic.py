@@ -1,0 +1,48 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes a whole file, or leaves the old one: no interrupt shows half of it.
+
+    Args:
+        file: what to write; what is there is replaced.
+        write: writes the temporary file that it is given, which lies beside ``file``.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(Path(folder) / "results.json", lambda new: new.write_text("{}"))
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['results.json']
+    """
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        write(new)
+        _sync(new)
+        new.replace(file)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # systems that cannot open folders keep the name anyway
+        _sync(file.parent)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a text file whole, or leaves the old one."""
+    replace_file(file, lambda new: new.write_text(text))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

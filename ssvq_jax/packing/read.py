@@ -1,0 +1,309 @@
+"""Reading a packed model from a file: leaf by leaf, every byte checked before it counts."""
+
+import dataclasses
+import functools
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ssvq_jax import tree
+from ssvq_jax.bits import BitsTable
+from ssvq_jax.bitstream import pack_bits
+from ssvq_jax.entries import Entry, SharedEntry
+from ssvq_jax.packing import entropy
+from ssvq_jax.packing.container import Container
+from ssvq_jax.packing.errors import PackedFileError
+from ssvq_jax.packing.header import Header, header_from_text
+from ssvq_jax.packing.segments import Segment, make_layout
+from ssvq_jax.packing.structure import in_structure_of, rebuild
+from ssvq_jax.packing.write import CHECKSUM, HEADER, start_checksum
+from ssvq_jax.plan import Packed, Plan
+from ssvq_jax.quantizers.streams import decode_streams, stream_shape, unpack_fields
+from ssvq_jax.tree import LeafSpec, PyTree
+
+
+class PackedFile:
+    """A packed model in an open file. Made by `load`; usable in a ``with`` statement.
+
+    Reading one leaf reads and checks the bytes of this leaf alone, and everything that is read
+    is checked first: checksums, codes within their codebooks, scales finite.
+
+    Attributes:
+        plan: what is compressed how.
+        model: what the model is, as it was given to `save`.
+        metrics: figures that were measured with it, as they were given to `save`.
+        file_bytes: size of the file.
+        header_bytes: what comes before the weights.
+    """
+
+    def __init__(self, path: Path, like: PyTree, sharding: Any) -> None:
+        self._container = Container(path)
+        try:
+            self._header = _open_header(self._container)
+            header = self._header
+            self._layout = make_layout(header.plan, header.stored, header.coded)
+            self._starts = self._container.check(self._layout)
+        except BaseException:
+            self._container.close()
+            raise
+        self.plan: Plan = self._header.plan
+        self.model = dict(self._header.model)
+        self.metrics = dict(self._header.metrics)
+        self.file_bytes = self._container.file_bytes
+        self.header_bytes = self._container.header_bytes
+        self._like = like
+        self._sharding = sharding
+        self._entries = {entry.name: entry for entry in self.plan.entries}
+        self._owners = {x.path: entry for entry in self.plan.entries for x in entry.leaves}
+        self._specs = {leaf.path: leaf for leaf in self.plan.leaves}
+        if like is not None:
+            in_structure_of(like, self._specs)  # refused before anything is read
+
+    def __enter__(self) -> "PackedFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"PackedFile({str(self._container.path)!r}, {self.file_bytes:,} bytes)"
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._container.close()
+
+    def decode(self) -> PyTree:
+        """Decodes the parameter tree, one leaf after the other.
+
+        Returns:
+            The tree, with the user's structure, shapes and dtypes, in the sharding given to `load`.
+
+        Raises:
+            PackedFileError: naming the leaf that is damaged.
+            ValueError: if the structure can only be given back with ``like=``.
+        """
+        shardings = self._shardings()
+        leaves: dict[str, Any] = {}
+        for path in self._specs:
+            if path not in leaves:
+                leaves |= self._decoded(path, shardings)
+        return self._tree({path: leaves[path] for path in self._specs})
+
+    def leaf(self, path: str) -> Float[Array, "..."]:
+        """Decodes one leaf.
+
+        Raises:
+            PackedFileError: if it is damaged.
+            ValueError: if there is none of this path.
+        """
+        if path not in self._specs:
+            some = ", ".join(list(self._specs)[:5])
+            raise ValueError(f"{self._container.path} has no leaf '{path}'; it has {some}, ...")
+        return self._decoded(path, self._shardings())[path]
+
+    def read(self) -> Packed:
+        """Reads everything as it is stored, on the host.
+
+        Raises:
+            PackedFileError: naming the leaf that is damaged.
+            ValueError: if the structure can only be given back with ``like=``.
+        """
+        streams = {name: self.streams(name) for name in self._entries}
+        leaves = {path: None if path in self._owners else self.dense(path) for path in self._specs}
+        # None is no leaf to JAX: fill the holes only once the structure stands.
+        numbered = self._tree(dict.fromkeys(self._specs, 0))
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, _: leaves[tree.leaf_path(path)], numbered
+        )
+        return Packed(self.plan, params, streams)
+
+    def streams(self, name: str) -> dict[str, np.ndarray]:
+        """Reads what is stored of an entry: see `Packed.streams`.
+
+        Raises:
+            PackedFileError: if it is damaged.
+        """
+        entry = self._entries[name]
+        streams = {}
+        for segment, content in self._contents(name):
+            stream = segment.stream
+            assert stream is not None  # of an entry, as the layout has it
+            if stream.field in self._header.coded.get(name, {}):
+                content = self._uncode(segment, content)
+            array = np.frombuffer(content, np.uint8 if stream.values else jnp.dtype(stream.dtype))
+            streams[stream.field] = array.reshape(stream_shape(stream, entry.spec))
+            if stream.values is None and not np.all(np.isfinite(array.astype(np.float32))):
+                raise self._damaged(name, f"its {stream.field} is not finite")
+        self._check_numbers(entry, streams)
+        return streams
+
+    def dense(self, path: str) -> np.ndarray:
+        """Reads a dense leaf in the dtype that it is stored in.
+
+        Raises:
+            PackedFileError: if it is damaged.
+        """
+        ((segment, content),) = self._contents(path)
+        return np.frombuffer(content, jnp.dtype(segment.dtype)).reshape(self._specs[path].shape)
+
+    def verify(self) -> None:
+        """Reads everything and keeps nothing.
+
+        Raises:
+            PackedFileError: naming the first leaf that is damaged.
+        """
+        for owner in self._layout.segments:
+            if owner in self._entries:
+                self.streams(owner)
+            else:
+                self.dense(owner)
+
+    def bits(self) -> BitsTable:
+        """Counts the bits that the file holds of every leaf, the header aside."""
+        rows = []
+        for row in self.plan.bits().rows:
+            bits: dict[str, int] = {}
+            for segment in self._layout.segments[row.name]:
+                field = segment.dtype if segment.stream is None else segment.stream.field
+                bits[field] = 8 * segment.size
+            rows.append(dataclasses.replace(row, bits=bits))
+        return BitsTable(tuple(rows))
+
+    def coded(self, name: str) -> dict[str, int]:
+        """Bytes of the entropy-coded fields of an entry."""
+        return dict(self._header.coded.get(name, {}))
+
+    def _contents(self, owner: str) -> list[tuple[Segment, bytes]]:
+        """Bytes of all segments of an owner, checked."""
+        sums = start_checksum(owner)
+        contents = []
+        for segment in self._layout.segments[owner]:
+            start = self._starts[segment.tensor] + segment.start
+            what = f"tensor '{segment.tensor}' of '{owner}'"
+            contents.append((segment, self._container.read(start, segment.size, what)))
+            sums = zlib.crc32(contents[-1][1], sums)
+        if sums != self._header.checksums[owner]:
+            tensors = " or ".join(f"'{segment.tensor}'" for segment, _ in contents)
+            raise self._damaged(owner, f"its checksum does not fit tensor {tensors}")
+        return contents
+
+    def _uncode(self, segment: Segment, content: bytes) -> bytes:
+        stream = segment.stream
+        assert stream is not None  # coded fields are checked with the header
+        assert stream.values is not None
+        try:
+            numbers = entropy.decode(content, stream.values, stream.count)
+        except ValueError as error:
+            raise self._damaged(segment.owner, f"its {stream.field}: {error}") from error
+        return pack_bits(numbers.reshape(stream.slices, -1), stream.width).tobytes()
+
+    def _check_numbers(self, entry: Entry, streams: dict[str, np.ndarray]) -> None:
+        for stream in entry.storage.streams:
+            if stream.values in (None, 2**stream.width):
+                continue  # no number of these bits is too large
+            spec = dataclasses.replace(entry.spec, path="")
+            largest = int(_largest(entry.quantizer, streams, spec, stream.field))
+            if largest >= stream.values:
+                what = f"its {stream.field} go up to {largest}, and there are {stream.values}"
+                raise self._damaged(entry.name, what)
+
+    def _damaged(self, owner: str, reason: str) -> PackedFileError:
+        return PackedFileError(f"{self._container.path}: '{owner}' is damaged: {reason}")
+
+    def _decoded(self, path: str, shardings: dict[str, Any]) -> dict[str, Array]:
+        """A leaf, and those that share a codebook with it, where they are to be."""
+        entry = self._owners.get(path)
+        if entry is None:
+            dtype = self._specs[path].dtype
+            leaf = jnp.asarray(self.dense(path)).astype(dtype)
+            return {path: jax.device_put(leaf, shardings.get(path))}
+        streams = self.streams(entry.name)
+        if isinstance(entry, SharedEntry) or path not in shardings:
+            leaves = entry.decode(streams)
+            return {name: jax.device_put(x, shardings.get(name)) for name, x in leaves.items()}
+        spec = dataclasses.replace(entry.spec, path="")
+        decode = _decode_onto(entry.quantizer, spec, shardings[path])
+        return entry.scatter(decode(streams))
+
+    def _shardings(self) -> dict[str, Any]:
+        """Sharding by leaf path."""
+        if self._sharding is None:
+            return {}
+        if isinstance(self._sharding, jax.sharding.Sharding):
+            return dict.fromkeys(self._specs, self._sharding)
+        found = tree.leaves_by_path(self._sharding)
+        in_structure_of(self._sharding, dict.fromkeys(self._specs))
+        return found
+
+    def _tree(self, leaves: dict[str, Any]) -> PyTree:
+        if self._like is not None:
+            return in_structure_of(self._like, leaves)
+        structure = self._header.structure
+        if isinstance(structure, dict) and "other" in structure:
+            raise ValueError(
+                f"{self._container.path}: the tree has nodes of type {structure['other']}: give "
+                "load(..., like=params), a tree of arrays or shapes of this model"
+            )
+        try:
+            return rebuild(structure, leaves)
+        except (ValueError, TypeError) as error:
+            raise PackedFileError(f"{self._container.path}: {error}") from error
+
+
+def load(path: str | Path, *, like: PyTree = None, sharding: Any = None) -> PackedFile:
+    """Opens a packed model. Its header is read and checked now, weights when they are asked for.
+
+    Args:
+        path: a file that `save` wrote.
+        like: a tree of the model's structure (arrays or shapes), for trees that have other nodes
+            than dictionaries, lists and tuples.
+        sharding: a ``jax.sharding.Sharding`` for all leaves, or a tree of them: where leaves are
+            decoded to. By default to the default device.
+
+    Returns:
+        The open file; ``.decode()`` gives the parameter tree.
+
+    Raises:
+        PackedFileError: if it is no packed model, or damaged.
+        ValueError: if ``like`` is not a tree of this model.
+        OSError: if there is no such file, or it cannot be opened.
+    """
+    return PackedFile(Path(path), like, sharding)
+
+
+def _open_header(container: Container) -> Header:
+    text = container.metadata.get(HEADER)
+    if text is None:
+        raise PackedFileError(
+            f"{container.path} is a safetensors file, but holds no packed model: plain weights "
+            "can be compressed with `ssvq compress --weights`"
+        )
+    if f"{zlib.crc32(text.encode()):08x}" != container.metadata.get(CHECKSUM):
+        raise PackedFileError(f"{container.path}: the header is damaged: its checksum differs")
+    try:
+        return header_from_text(text)
+    except PackedFileError as error:
+        raise PackedFileError(f"{container.path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _decode_onto(quantizer: Any, spec: LeafSpec, sharding: Any) -> Any:
+    """Decodes where the parts of the weight are to be: no device holds more than its own."""
+    decode = functools.partial(decode_streams, quantizer, spec=spec)
+    return jax.jit(decode, out_shardings=sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _largest(quantizer: Any, streams: Any, spec: LeafSpec, field: str) -> Array:
+    return jnp.max(unpack_fields(quantizer, streams, spec)[field])

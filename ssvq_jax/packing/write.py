@@ -1,0 +1,120 @@
+"""Writing a packed model to a file."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from ssvq_jax import tree
+from ssvq_jax.atomic import replace_file
+from ssvq_jax.packing import entropy
+from ssvq_jax.packing.header import Header, header_to_text
+from ssvq_jax.packing.segments import make_layout
+from ssvq_jax.packing.structure import describe
+from ssvq_jax.plan import Packed
+from ssvq_jax.quantizers.streams import unpack_fields
+
+Codec = Literal["plain", "entropy"]
+HEADER, CHECKSUM = "ssvq_jax", "ssvq_jax_crc32"  # texts of the safetensors header
+
+
+def save(
+    path: str | Path,
+    packed: Packed,
+    *,
+    codec: Codec = "plain",
+    model: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a packed model to one ``.safetensors`` file, whole or not at all.
+
+    The format is described in ``docs/format.md``.
+
+    Args:
+        path: the file; what is there is replaced once the new file is complete.
+        packed: what `Plan.finalize` gave.
+        codec: ``plain``, or ``entropy`` to code codes, signs and levels by their frequencies, leaf
+            by leaf, where that is smaller.
+        model: what the model is, as JSON values, for whoever loads it.
+        metrics: figures that were measured with it, as JSON values.
+
+    Raises:
+        ValueError: for an unknown codec, a dtype that the file cannot hold, or a model or metrics
+            that JSON cannot hold.
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import jax, tempfile
+        >>> from ssvq_jax import SignSplit, load, make_plan
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+        >>> plan = make_plan(params, [("kernel", SignSplit(codewords=4, dim=8))])
+        >>> packed = plan.finalize(plan.init(jax.random.key(1), params))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder + "/model.safetensors", packed)
+        ...     load(folder + "/model.safetensors").decode()["kernel"].shape
+        (64, 64)
+    """
+    if codec not in get_args(Codec):
+        raise ValueError(f"codec={codec!r}: choose one of {get_args(Codec)}")
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file in it, e.g. {path}/model.safetensors")
+    plan = packed.plan
+    dense = tree.leaves_by_path(packed.params)
+    contents: dict[str, dict[str, np.ndarray]] = {}
+    coded: dict[str, dict[str, int]] = {}
+    for entry in plan.entries:
+        contents[entry.name] = dict(packed.streams[entry.name])
+        if codec == "entropy":
+            found = _coded(entry, contents[entry.name])
+            contents[entry.name] |= found
+            if found:
+                coded[entry.name] = {field: part.size for field, part in found.items()}
+    stored = {name: leaf.dtype.name for name, leaf in dense.items()}
+    layout = make_layout(plan, stored, coded)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in layout.tensors}
+    checksums = {}
+    for owner, segments in layout.segments.items():
+        sums = start_checksum(owner)
+        for segment in segments:
+            stream = segment.stream
+            part = dense[owner] if stream is None else contents[owner][stream.field]
+            part = np.ascontiguousarray(part).reshape(-1)
+            parts[segment.tensor].append(part)
+            sums = zlib.crc32(part.view(np.uint8).data, sums)
+        checksums[owner] = sums
+    structure = describe(tree.fill(packed.params, dict.fromkeys(plan.compressed, 0)))
+    header = Header(plan, structure, stored, checksums, coded, model or {}, metrics or {})
+    try:
+        text = header_to_text(header)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model and metrics must be JSON values: {error}") from None
+    tensors = {name: np.concatenate(found) for name, found in parts.items()}
+    texts = {HEADER: text, CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}
+    replace_file(path, lambda new: save_file(tensors, new, metadata=texts))
+
+
+def start_checksum(owner: str) -> int:
+    """What a checksum begins with: contents under another name are no longer right."""
+    return zlib.crc32(owner.encode())
+
+
+def _coded(entry: Any, streams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The fields that coding makes smaller."""
+    numbers = _unpack(entry.quantizer, streams, dataclasses.replace(entry.spec, path=""))
+    found = {}
+    for stream in entry.storage.streams:
+        if stream.values is not None:
+            field = np.asarray(numbers[stream.field])
+            part = entropy.code(field, stream.values, stream.bytes)
+            if part is not None:
+                found[stream.field] = np.frombuffer(part, np.uint8)
+    return found
+
+
+_unpack = jax.jit(unpack_fields, static_argnums=(0, 2))
