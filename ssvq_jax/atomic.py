@@ -25,7 +25,10 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """
     new = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
+        new.touch()
+        mode = new.stat().st_mode  # libraries that make the file anew may hide it from others
         write(new)
+        new.chmod(mode)
         _sync(new)
         new.replace(file)
     except BaseException:

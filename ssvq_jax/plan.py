@@ -23,7 +23,7 @@ from ssvq_jax.entries import (
 )
 from ssvq_jax.progress import bar_over
 from ssvq_jax.quantizers import Calibration, Quantizer
-from ssvq_jax.quantizers.streams import pack_fields
+from ssvq_jax.quantizers.streams import pack_fields, unpack_fields
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
 
@@ -246,6 +246,17 @@ class Packed:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(leaf).astype(dtypes[tree.leaf_path(path)]), self.params
         )
+
+    def variables(self) -> dict[str, Any]:
+        """The three collections, to go on training: see `Plan.init`."""
+        learned, fixed = {}, {}
+        for entry in self.plan.entries:
+            fields = unpack_fields(entry.quantizer, self.streams[entry.name], entry.spec)
+            encoded = entry.quantizer.unpack(fields, entry.spec)
+            learned[entry.name] = encoded.learned
+            if encoded.fixed:
+                fixed[entry.name] = encoded.fixed
+        return {"params": self.dense(), "vq": learned, "vq_state": fixed}
 
     def bits(self) -> BitsTable:
         """Counts the stored bits of every leaf."""

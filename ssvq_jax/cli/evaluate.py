@@ -12,9 +12,9 @@ from ssvq_jax.training.checkpoint import Which
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalCommand(BatchOptions, ModelOptions):
-    """Evaluate a model: that of a run of train, compress or finetune, or your own weights.
+    """Evaluate a model: of a run of train, compress or finetune, a packed file, or your weights.
 
-    Model, data and image size are those of the run, unless you say otherwise.
+    Model, data and image size are those of the run or file, unless you say otherwise.
     """
 
     eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
@@ -28,15 +28,14 @@ class EvalCommand(BatchOptions, ModelOptions):
         """Evaluates; writes ``eval-SPLIT-WHICH.json``."""
         import json
 
-        import jax
-
         from ssvq_jax.atomic import replace_text
-        from ssvq_jax.cli.session import sizes
+        from ssvq_jax.cli.packed import file_size
+        from ssvq_jax.cli.session import judged_state, sizes
         from ssvq_jax.cli.setup import make_task, set_up
         from ssvq_jax.cli.weights import run_config
+        from ssvq_jax.packing import is_packed
         from ssvq_jax.plan import make_plan
         from ssvq_jax.report import print_outcome, provenance
-        from ssvq_jax.training.batch_norm import reestimate_batch_norm
         from ssvq_jax.training.layout import local_layout
         from ssvq_jax.training.step import make_evaluate
 
@@ -48,16 +47,14 @@ class EvalCommand(BatchOptions, ModelOptions):
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         layout = local_layout(self.devices)
         task = make_task(model, images, setup.batch_size, devices=layout.devices)
-        params, state = weights.params, weights.model_state
+        params = weights.params
         plan = weights.plan or make_plan(params, [(".*", None)])
         if weights.variables is not None:
             params = plan.finalize(weights.variables).decode()
-        if setup.batch_norm_batches:
-            batches = task.train_batches(setup.seed)
-            key = jax.random.split(jax.random.key(setup.seed))[1]
-            state = reestimate_batch_norm(
-                task.forward, params, state, batches, setup.batch_norm_batches, key, layout
-            )
+        state = judged_state(setup, task, params, layout)
+        size = {}
+        if self.weights is not None and is_packed(self.weights):
+            size = file_size(self.weights, plan.bits().model.weights)
         found = make_evaluate(task.forward, layout)(params, state, task.eval_batches())
         results = {
             "split": images.held_out,
@@ -67,10 +64,12 @@ class EvalCommand(BatchOptions, ModelOptions):
             "batch_norm_batches": setup.batch_norm_batches,
             **provenance(),
             **sizes(plan),
+            **size,
             "after": found._asdict(),
         }
         print_outcome(f"{self.which} state, split {images.held_out}", results)
-        folder = self.out or (self.weights if run else None)
+        is_run = self.weights is not None and self.weights.is_dir() and bool(run)
+        folder = self.out or (self.weights if is_run else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             safe = "".join(c if c.isalnum() else "_" for c in images.held_out)

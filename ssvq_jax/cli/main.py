@@ -14,7 +14,10 @@ import tyro
 from ssvq_jax.cli.analyze import AnalyzeCommand
 from ssvq_jax.cli.compress import CompressCommand
 from ssvq_jax.cli.evaluate import EvalCommand
+from ssvq_jax.cli.export import ExportCommand
 from ssvq_jax.cli.finetune import FinetuneCommand
+from ssvq_jax.cli.inspect import InspectCommand
+from ssvq_jax.cli.pack import PackCommand
 from ssvq_jax.cli.plan import PlanCommand
 from ssvq_jax.cli.quickstart import QuickstartCommand
 from ssvq_jax.cli.train import TrainCommand
@@ -27,6 +30,9 @@ Command = (
     | Annotated[CompressCommand, tyro.conf.subcommand("compress", prefix_name=False)]
     | Annotated[FinetuneCommand, tyro.conf.subcommand("finetune", prefix_name=False)]
     | Annotated[EvalCommand, tyro.conf.subcommand("eval", prefix_name=False)]
+    | Annotated[PackCommand, tyro.conf.subcommand("pack", prefix_name=False)]
+    | Annotated[InspectCommand, tyro.conf.subcommand("inspect", prefix_name=False)]
+    | Annotated[ExportCommand, tyro.conf.subcommand("export", prefix_name=False)]
 )
 
 

@@ -11,7 +11,7 @@ Self = TypeVar("Self", bound="ModelOptions")
 
 
 # What a run that begins with another takes over from it, and what is taken if there is none.
-_INHERITED = frozenset(
+INHERITED = frozenset(
     {"model", "classes", "scan", "data", "data_dir", "image_size", "normalization", "train_split"}
     | {"eval_split", "seed", "batch_size", "batch_norm_batches"}
 )
@@ -26,8 +26,9 @@ class ModelOptions:
     """Model from the registry (deit_tiny), or module:function of your own code, which returns a
     flax.linen module, or (module, variables)."""
     weights: Path | None = None
-    """Trained weights: the folder of a run, an orbax checkpoint or a msgpack file; by default those
-    that the model comes with. What is left out here is then as in the run."""
+    """Trained weights: the folder of a run, a .safetensors file (packed or plain), an orbax
+    checkpoint or a msgpack file; by default those that the model comes with. What is left out here
+    is then as in the run."""
     classes: int | None = None
     """Number of classes; by default the data set's."""
     scan: bool | None = None
@@ -54,7 +55,7 @@ class ModelOptions:
 
     def inherit(self: Self, run: Mapping[str, Any] | None) -> Self:
         """Takes what was left out from the configuration of another run, else from `_DEFAULTS`."""
-        inherited = {**_DEFAULTS, **{k: v for k, v in (run or {}).items() if k in _INHERITED}}
+        inherited = {**_DEFAULTS, **{k: v for k, v in (run or {}).items() if k in INHERITED}}
         names = {field.name for field in dataclasses.fields(self)}
         values = {
             name: value

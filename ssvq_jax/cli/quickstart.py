@@ -36,7 +36,8 @@ class QuickstartCommand:
     """
 
     out: Path = Path("runs/quickstart")
-    """Folder for config.json, results.json, metrics.jsonl, plans, pictures and checkpoints."""
+    """Folder for config.json, results.json, metrics.jsonl, packed files, plans, pictures and
+    checkpoints."""
     resume: bool = True
     """Go on with the run in the folder; --no-resume deletes it and starts over."""
     save_seconds: float = 60.0
@@ -107,6 +108,7 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
     task = load_task(command, "test")
     folder = RunFolder(command.out, config, resume=command.resume)
     trained = train_float(command, task, folder)
+    _pack(folder, "float", trained)
     results: dict[str, Any] = {
         "config": folder.config,
         **origin,
@@ -126,6 +128,7 @@ def compare(command: QuickstartCommand) -> tuple[dict[str, Any], dict[str, Any]]
             "recipe": name,
             "optimizer": dataclasses.asdict(optimizer),
             **_row(plan, done, command.steps),
+            **_pack(folder, label, done),
         }
         rows = [results["float"], *results["methods"].values()]
         results["seconds"] = sum(row["seconds"] for row in rows)
@@ -269,12 +272,23 @@ def _recipes(plans: "dict[str, tuple[str, Plan]]") -> dict[str, Any]:
     return {label: plan.to_json()["recipe"] for label, (_, plan) in plans.items()}
 
 
+def _pack(folder: "RunFolder", label: str, done: "Finetuned") -> dict[str, Any]:
+    """Writes a finished run as a packed file; gives the size of that."""
+    from ssvq_jax import data
+    from ssvq_jax.cli.packed import write_packed
+
+    (folder.path / "packed").mkdir(exist_ok=True)
+    config = {"model": MODEL, "data": data.EMBEDDED_NAME, "seed": folder.config["seed"]}
+    told = {"split": "test", **done.after._asdict()}
+    file = folder.path / "packed" / f"{label}.safetensors"
+    return write_packed(file, done.packed, None, config, told)
+
+
 def _row(plan: "Plan", done: "Finetuned", steps: int) -> dict[str, Any]:
     bits, last = plan.bits(), done.records[-1] if done.records else {}
     return {
         "bits_per_weight": bits.main.bits_per_weight,
         "compression_ratio": bits.main.compression_ratio,
-        "file_ratio": bits.file_ratio,
         "stored_bytes": bits.stored_bytes,
         "accuracy_before": done.before.accuracy,
         "accuracy_after": done.after.accuracy,

@@ -4,13 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ssvq_jax.cli.packed import PACKED, write_packed
 from ssvq_jax.cli.run_folder import RunFolder
 from ssvq_jax.cli.setup import Setup, has_blocks, make_task
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.plan import Plan
     from ssvq_jax.training.finetune import Finetuned
+    from ssvq_jax.training.layout import Layout
     from ssvq_jax.training.optimizer import OptimizerConfig
+    from ssvq_jax.training.run import Task
 
 RUN = "model"  # name of a folder's only run
 
@@ -99,6 +102,7 @@ def carry_out(
         "optimizer": dataclasses.asdict(optimizer),
         "before": done.before._asdict(),
         **summary(plan, done),
+        **pack(setup, folder, done),
         "best_step": best,
     }
     folder.write("plan.json", plan.to_json())
@@ -108,6 +112,28 @@ def carry_out(
     if plan.entries:
         plot_signs(histories, folder.path / "signs.png")
     return results
+
+
+def pack(setup: Setup[Any], folder: RunFolder, done: "Finetuned") -> dict[str, Any]:
+    """Writes what a run came to as a packed file; gives the size of that."""
+    told = {"split": setup.images.held_out, **done.after._asdict()}
+    state = done.state.model_state
+    return write_packed(folder.path / PACKED, done.packed, state, folder.config, told)
+
+
+def judged_state(setup: Setup[Any], task: "Task", params: Any, layout: "Layout") -> Any:
+    """A model's other collections as its run judged it: with batch statistics of these weights."""
+    import jax
+
+    from ssvq_jax.training.batch_norm import reestimate_batch_norm
+
+    state = setup.weights.model_state
+    if not setup.batch_norm_batches:
+        return state
+    key = jax.random.split(jax.random.key(setup.seed))[1]
+    batches = task.train_batches(setup.seed)
+    count = setup.batch_norm_batches
+    return reestimate_batch_norm(task.forward, params, state, batches, count, key, layout)
 
 
 def summary(plan: "Plan", done: "Finetuned") -> dict[str, Any]:
@@ -123,7 +149,7 @@ def summary(plan: "Plan", done: "Finetuned") -> dict[str, Any]:
 
 
 def sizes(plan: "Plan") -> dict[str, Any]:
-    """What a plan stores."""
+    """What a plan stores, without the header of a file."""
     bits = plan.bits()
     figures: dict[str, Any] = {"file_ratio": bits.file_ratio, "stored_bytes": bits.stored_bytes}
     if plan.entries:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssvq_jax.cli.packed import packed_config
 from ssvq_jax.cli.run_folder import read_config
 from ssvq_jax.training.checkpoint import Checkpoints, Which
 from ssvq_jax.training.identity import checksum
@@ -35,8 +36,10 @@ class Weights:
 
 
 def run_config(weights: Path | None) -> dict[str, Any] | None:
-    """Configuration of the run that weights are taken from, if it is one."""
-    return read_config(weights) if weights is not None and weights.is_dir() else None
+    """Configuration of the run that weights are taken from, or what a packed file says of it."""
+    if weights is not None and weights.is_dir():
+        return read_config(weights)
+    return packed_config(weights)
 
 
 def initial_weights(model: "LoadedModel", image_shape: tuple[int, int, int], seed: int) -> Weights:
@@ -58,7 +61,8 @@ def open_weights(
     """Takes weights from a run, a file, an orbax checkpoint, or what the model came with.
 
     Args:
-        path: a run's folder, or what `ssvq_jax.models.load_weights` reads; None for the model's.
+        path: a run's folder, a packed file, or what `ssvq_jax.models.load_weights` reads; None for
+            the model's.
         model: the model.
         image_shape: ``(h, w, c)``.
         which: which checkpoint of a run.
@@ -69,16 +73,16 @@ def open_weights(
     from ssvq_jax.models import fit_weights, load_weights
 
     shapes = model.shapes(image_shape)
-    if run_config(path) is not None and path is not None:
-        return _from_run(path, shapes, which)
+    if path is not None and run_config(path) is not None:
+        return _from_run(path, shapes, which) if path.is_dir() else _from_packed(path, shapes)
     if path is not None:
         found, source = load_weights(path), str(path)
     elif model.variables is not None:
         found, source = model.variables, f"model '{model.name}'"
     else:
         raise ValueError(
-            f"model '{model.name}' comes without weights: give --weights with a run's folder, an "
-            "orbax checkpoint or a msgpack file, or train it with `ssvq train`"
+            f"model '{model.name}' comes without weights: give --weights with a run's folder, a "
+            ".safetensors or msgpack file or an orbax checkpoint, or train it with `ssvq train`"
         )
     variables = fit_weights(model, found, shapes, source)
     params = variables.pop("params")
@@ -96,13 +100,7 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
     params, others = shapes["params"], {k: v for k, v in shapes.items() if k != "params"}
     with Checkpoints(folder, read_only=True) as checkpoints:  # the run may be going on
         plan = checkpoints.plan(which)
-        dtypes = {leaf.path: leaf.dtype for leaf in plan.leaves}
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.ShapeDtypeStruct(
-                leaf.shape, dtypes.get(leaf_path(path), leaf.dtype)
-            ),
-            params,
-        )
+        params = _with_dtypes(params, plan)
         try:
             learned, fixed = split(jax.eval_shape(plan.init, jax.random.key(0), params))
         except ValueError as error:
@@ -111,9 +109,50 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
         state = checkpoints.restore(template, plan, which, partial=True).state
     variables = {**state["params"], **state["fixed"]}
     origin = {"from": str(path), "which": which, "crc32": checksum(state)}
+    return _encoded(params, state["model_state"], plan, variables, origin)
+
+
+def _from_packed(path: Path, shapes: Mapping[str, Any]) -> Weights:
+    """Reads a packed file."""
+    import jax
+
+    from ssvq_jax.packing import load
+
+    others = {name: tree for name, tree in shapes.items() if name != "params"}
+    try:
+        with load(path, like=shapes["params"]) as file:
+            file.check_fits(shapes["params"])
+            params = _with_dtypes(shapes["params"], file.plan)
+            plan, variables, state = file.plan, file.read().variables(), file.state() or {}
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    if jax.tree.structure(state) != jax.tree.structure(others):
+        raise ValueError(f"{path} has the collections {sorted(state)}, the model {sorted(others)}")
+    state = jax.tree.map(jax.numpy.asarray, state)
+    origin = {"from": str(path), "crc32": checksum((variables, state))}
+    return _encoded(params, state, plan, variables, origin)
+
+
+def _with_dtypes(params: Any, plan: "Plan") -> Any:
+    """Shapes of a model's parameters, in the dtypes of a plan."""
+    import jax
+
+    dtypes = {leaf.path: leaf.dtype for leaf in plan.leaves}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, dtypes.get(leaf_path(path), leaf.dtype)
+        ),
+        params,
+    )
+
+
+def _encoded(
+    params: Any, state: Any, plan: "Plan", variables: Mapping[str, Any], origin: dict[str, Any]
+) -> Weights:
+    """Compressed weights; those of a plan that compresses nothing are float weights."""
     if plan.entries:
-        return Weights(params, state["model_state"], plan, variables, origin)
-    return Weights(plan.decode(variables), state["model_state"], None, None, origin)
+        return Weights(params, state, plan, variables, origin)
+    return Weights(plan.decode(variables), state, None, None, origin)
 
 
 def open_plan(recipe: str | None, weights: Weights) -> "Plan":

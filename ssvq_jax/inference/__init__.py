@@ -1,5 +1,6 @@
 """Packed models at work: decoding where a weight is used, and products without decoding."""
 
+from ssvq_jax.inference.export import export_program
 from ssvq_jax.inference.packed_leaf import PackedLeaf, decode_params, packed_params
 
-__all__ = ["PackedLeaf", "decode_params", "packed_params"]
+__all__ = ["PackedLeaf", "decode_params", "export_program", "packed_params"]

@@ -1,4 +1,4 @@
-"""Trained weights from files: Flax msgpack files and orbax checkpoints."""
+"""Trained weights from files: safetensors, Flax msgpack files, and orbax checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,17 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from ssvq_jax.models.loading import LoadedModel
+
+SAFETENSORS = ".safetensors"
 
 
 def load_weights(path: Path) -> dict[str, Any]:
     """Reads the variables of a model.
 
     Args:
-        path: a file that `flax.serialization.to_bytes` wrote, or the folder of an orbax checkpoint;
-            either of the variables (``{"params": ...}``), of a training state with ``params``, or
-            of the bare parameters.
+        path: a ``.safetensors`` file whose names are key paths joined by slashes or dots, a file
+            that `flax.serialization.to_bytes` wrote, or the folder of an orbax checkpoint; each of
+            the variables (``{"params": ...}``), of a training state with ``params``, or of the bare
+            parameters.
 
     Returns:
         The variables, ``params`` among them, as nested dictionaries.
@@ -29,12 +33,19 @@ def load_weights(path: Path) -> dict[str, Any]:
             f"no weights at {path}: give a run's folder, an orbax checkpoint or a file"
         )
     try:
-        tree = _read_orbax(path) if path.is_dir() else _read_msgpack(path)
+        if path.is_dir():
+            tree = _read_orbax(path)
+        elif path.suffix == SAFETENSORS:
+            tensors = load_tensors(path)
+            separator = "/" if any("/" in name for name in tensors) else "."
+            tree = unflatten_dict(tensors, sep=separator)
+        else:
+            tree = _read_msgpack(path)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the weights in {path} cannot be read ({reason}): give a run's folder, an orbax "
-            "checkpoint or a file of flax.serialization.to_bytes"
+            "checkpoint, a .safetensors file or a file of flax.serialization.to_bytes"
         ) from error
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path} holds a {type(tree).__name__}, not a tree of parameters")
@@ -42,6 +53,21 @@ def load_weights(path: Path) -> dict[str, Any]:
         return {"params": tree}
     collections = ("params", "batch_stats")
     return {name: tree[name] for name in collections if tree.get(name) is not None}
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads the arrays of a safetensors file under their names.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, AttributeError) as error:  # the last for unknown dtypes
+        raise ValueError(f"{path} cannot be read as a safetensors file ({error})") from error
 
 
 def fit_weights(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ssvq_jax.entries import bind_rules, match_rules
 from ssvq_jax.packing.errors import PackedFileError
-from ssvq_jax.packing.segments import DTYPES
+from ssvq_jax.packing.segments import DTYPES, STATE
 from ssvq_jax.packing.structure import Structure
 from ssvq_jax.plan import Plan
 from ssvq_jax.recipe import recipe_from_json, recipe_to_json
@@ -26,8 +26,10 @@ class Header:
         plan: what is compressed how.
         structure: of the parameter tree.
         stored: dtype that each dense leaf is stored in, by leaf path.
-        checksums: CRC-32 of an entry's or dense leaf's bytes, by name.
+        checksums: CRC-32 of the bytes of entries, dense leaves and state, by owner.
         coded: bytes of entropy-coded fields, by entry and field.
+        state: arrays of the model's other collections.
+        state_structure: the structure of their tree.
         model: what the model is, as JSON values; empty if nobody said.
         metrics: figures that were measured with it, as JSON values.
     """
@@ -37,6 +39,8 @@ class Header:
     stored: Mapping[str, str]
     checksums: Mapping[str, int]
     coded: Mapping[str, Mapping[str, int]]
+    state: tuple[LeafSpec, ...]
+    state_structure: Structure
     model: Mapping[str, Any]
     metrics: Mapping[str, Any]
 
@@ -53,15 +57,21 @@ def header_to_text(header: Header) -> str:
         row = [leaf.path, list(leaf.shape), rules.index(chosen[leaf.path])]
         row += [dtypes.index(leaf.dtype.name), dtypes.index(stored)]
         rows.append([*row, header.checksums.get(leaf.path, 0)])
-    shares = {name: x for name, x in header.checksums.items() if name not in chosen}
+    shares = {entry.name for entry in plan.entries} - set(chosen)
+    state = [
+        [leaf.path, list(leaf.shape), leaf.dtype.name, header.checksums[STATE + leaf.path]]
+        for leaf in header.state
+    ]
     data = {
         "version": VERSION,
         "recipe": recipe_to_json(plan.recipe),
         "dtypes": dtypes,
         "leaves": rows,
-        "shares": shares,
+        "shares": {name: header.checksums[name] for name in sorted(shares)},
         "structure": header.structure,
         "coded": header.coded,
+        "state": state,
+        "state_structure": header.state_structure,
         "model": header.model,
         "metrics": header.metrics,
     }
@@ -126,7 +136,25 @@ def _read(data: Mapping[str, Any]) -> Header:
                 raise PackedFileError(f"'{entry.name}' has no field {field!r} to be coded")
     if not isinstance(data["model"], dict) or not isinstance(data["metrics"], dict):
         raise PackedFileError("its header names model or metrics that are no mappings")
-    return Header(plan, data["structure"], stored, sums, coded, data["model"], data["metrics"])
+    state = []
+    for path, shape, dtype, checksum in data["state"]:
+        for number in (*shape, checksum):
+            _check_count(f"state '{path}'", number)
+        if not isinstance(path, str) or dtype not in DTYPES or STATE + path in sums:
+            raise PackedFileError(f"its header has state {path!r} twice, or of dtype {dtype!r}")
+        state.append(LeafSpec(path, tuple(shape), dtype))
+        sums[STATE + path] = checksum
+    return Header(
+        plan=plan,
+        structure=data["structure"],
+        stored=stored,
+        checksums=sums,
+        coded=coded,
+        state=tuple(state),
+        state_structure=data["state_structure"],
+        model=data["model"],
+        metrics=data["metrics"],
+    )
 
 
 def _check_count(what: str, number: Any) -> None:

@@ -20,8 +20,8 @@ from ssvq_jax.packing import entropy
 from ssvq_jax.packing.container import Container
 from ssvq_jax.packing.errors import PackedFileError
 from ssvq_jax.packing.header import Header, header_from_text
-from ssvq_jax.packing.segments import Segment, make_layout
-from ssvq_jax.packing.structure import in_structure_of, rebuild
+from ssvq_jax.packing.segments import STATE, Segment, make_layout
+from ssvq_jax.packing.structure import Structure, in_structure_of, rebuild
 from ssvq_jax.packing.write import CHECKSUM, HEADER, start_checksum
 from ssvq_jax.plan import Packed, Plan
 from ssvq_jax.quantizers.streams import decode_streams, stream_shape, unpack_fields
@@ -47,7 +47,7 @@ class PackedFile:
         try:
             self._header = _open_header(self._container)
             header = self._header
-            self._layout = make_layout(header.plan, header.stored, header.coded)
+            self._layout = make_layout(header.plan, header.stored, header.coded, header.state)
             self._starts = self._container.check(self._layout)
         except BaseException:
             self._container.close()
@@ -154,8 +154,16 @@ class PackedFile:
         Raises:
             PackedFileError: if it is damaged.
         """
-        ((segment, content),) = self._contents(path)
-        return np.frombuffer(content, jnp.dtype(segment.dtype)).reshape(self._specs[path].shape)
+        return self._whole(path, self._specs[path])
+
+    def state(self) -> PyTree:
+        """Reads the model's other collections, as they were given to `save`; None without any.
+
+        Raises:
+            PackedFileError: if they are damaged.
+        """
+        leaves = {leaf.path: self._whole(STATE + leaf.path, leaf) for leaf in self._header.state}
+        return self._rebuild(self._header.state_structure, leaves)
 
     def verify(self) -> None:
         """Reads everything and keeps nothing.
@@ -167,7 +175,7 @@ class PackedFile:
             if owner in self._entries:
                 self.streams(owner)
             else:
-                self.dense(owner)
+                self._contents(owner)
 
     def bits(self) -> BitsTable:
         """Counts the bits that the file holds of every leaf, the header aside."""
@@ -180,9 +188,40 @@ class PackedFile:
             rows.append(dataclasses.replace(row, bits=bits))
         return BitsTable(tuple(rows))
 
+    def plain_bytes(self) -> int:
+        """Bytes that the weights would take without entropy coding, the header aside."""
+        coded = self._header.coded
+        return self.bits().stored_bytes + sum(
+            stream.bytes - coded[entry.name][stream.field]
+            for entry in self.plan.entries
+            for stream in entry.storage.streams
+            if stream.field in coded.get(entry.name, {})
+        )
+
+    def check_fits(self, params: PyTree) -> None:
+        """Compares the leaves with those of a model.
+
+        Args:
+            params: the model's parameters, or their shapes.
+
+        Raises:
+            ValueError: naming a leaf that is missing or of another shape.
+        """
+        in_structure_of(params, self._specs)
+        for path, leaf in tree.leaves_by_path(params).items():
+            if tuple(leaf.shape) != self._specs[path].shape:
+                raise ValueError(
+                    f"{self._container.path}: leaf '{path}' is {list(self._specs[path].shape)} "
+                    f"there and {list(leaf.shape)} in the model"
+                )
+
     def coded(self, name: str) -> dict[str, int]:
         """Bytes of the entropy-coded fields of an entry."""
         return dict(self._header.coded.get(name, {}))
+
+    def _whole(self, owner: str, leaf: LeafSpec) -> np.ndarray:
+        ((segment, content),) = self._contents(owner)
+        return np.frombuffer(content, jnp.dtype(segment.dtype)).reshape(leaf.shape)
 
     def _contents(self, owner: str) -> list[tuple[Segment, bytes]]:
         """Bytes of all segments of an owner, checked."""
@@ -249,7 +288,9 @@ class PackedFile:
     def _tree(self, leaves: dict[str, Any]) -> PyTree:
         if self._like is not None:
             return in_structure_of(self._like, leaves)
-        structure = self._header.structure
+        return self._rebuild(self._header.structure, leaves)
+
+    def _rebuild(self, structure: Structure, leaves: dict[str, Any]) -> PyTree:
         if isinstance(structure, dict) and "other" in structure:
             raise ValueError(
                 f"{self._container.path}: the tree has nodes of type {structure['other']}: give "
@@ -280,6 +321,16 @@ def load(path: str | Path, *, like: PyTree = None, sharding: Any = None) -> Pack
         OSError: if there is no such file, or it cannot be opened.
     """
     return PackedFile(Path(path), like, sharding)
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a file says of itself that it is a packed model; it may be damaged all the same."""
+    try:
+        container = Container(Path(path))
+    except (PackedFileError, OSError):
+        return False
+    container.close()
+    return HEADER in container.metadata
 
 
 def _open_header(container: Container) -> Header:

@@ -6,12 +6,13 @@ entropy-coded fields, whose size no plan tells, have it in the header.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 
 from ssvq_jax.plan import Plan
 from ssvq_jax.quantizers import Stream
+from ssvq_jax.tree import LeafSpec
 
 # safetensors' names of dtypes.
 DTYPES = {
@@ -23,17 +24,26 @@ DTYPES = {
     "bfloat16": "BF16",
     "float32": "F32",
     "float64": "F64",
+    # Of a model's state only.
+    "bool": "BOOL",
+    "int16": "I16",
+    "uint16": "U16",
+    "int32": "I32",
+    "uint32": "U32",
+    "int64": "I64",
+    "uint64": "U64",
 }
 CODED = "entropy_coded"
+STATE = "state:"  # before the paths of a model's state; no leaf is called so in a tree of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Bytes of one field, or of one dense leaf.
+    """Bytes of one field, of one dense leaf, or of one array of the model's state.
 
     Attributes:
-        owner: name of the entry or path of the dense leaf.
-        stream: the field; None for a dense leaf.
+        owner: name of the entry, path of the dense leaf, or `STATE` and the path of an array.
+        stream: the field; None for a dense leaf or array.
         tensor: the file's tensor that holds it.
         dtype: dtype of the tensor.
         start: first byte in the tensor.
@@ -62,7 +72,10 @@ class Layout:
 
 
 def make_layout(
-    plan: Plan, stored: Mapping[str, str], coded: Mapping[str, Mapping[str, int]]
+    plan: Plan,
+    stored: Mapping[str, str],
+    coded: Mapping[str, Mapping[str, int]],
+    state: Iterable[LeafSpec],
 ) -> Layout:
     """Finds the place of every field.
 
@@ -70,6 +83,7 @@ def make_layout(
         plan: the plan.
         stored: dtype that each dense leaf is stored in, by leaf path.
         coded: bytes of entropy-coded fields, by entry and field.
+        state: arrays of the model's state.
 
     Returns:
         The layout.
@@ -80,7 +94,7 @@ def make_layout(
     filled: dict[str, int] = {}
     dtypes: dict[str, str] = {}
     segments = {}
-    for owner, fields in _fields(plan, stored, coded):
+    for owner, fields in _fields(plan, stored, coded, state):
         placed = []
         for stream, tensor, dtype, size in fields:
             start = filled.get(tensor, 0)
@@ -97,7 +111,10 @@ _Fields = list[tuple[Stream | None, str, str, int]]  # stream, tensor, dtype, by
 
 
 def _fields(
-    plan: Plan, stored: Mapping[str, str], coded: Mapping[str, Mapping[str, int]]
+    plan: Plan,
+    stored: Mapping[str, str],
+    coded: Mapping[str, Mapping[str, int]],
+    state: Iterable[LeafSpec],
 ) -> Iterator[tuple[str, _Fields]]:
     for entry in plan.entries:
         sizes = coded.get(entry.name, {})
@@ -113,11 +130,15 @@ def _fields(
         yield entry.name, fields
     for leaf in plan.leaves:
         if leaf.path not in plan.compressed:
-            dtype = stored[leaf.path]
-            if dtype not in DTYPES:
-                raise ValueError(
-                    f"dense leaf '{leaf.path}' is of dtype {dtype}, which the file cannot hold: "
-                    f"use one of {sorted(DTYPES)}"
-                )
-            size = leaf.size * jnp.dtype(dtype).itemsize
-            yield leaf.path, [(None, f"dense.{dtype}", dtype, size)]
+            yield leaf.path, [_whole("dense", leaf, stored[leaf.path])]
+    for leaf in state:
+        yield STATE + leaf.path, [_whole("state", leaf, leaf.dtype.name)]
+
+
+def _whole(kind: str, leaf: LeafSpec, dtype: str) -> tuple[None, str, str, int]:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{kind} leaf '{leaf.path}' is of dtype {dtype}, which the file cannot hold: use one "
+            f"of {sorted(DTYPES)}"
+        )
+    return None, f"{kind}.{dtype}", dtype, leaf.size * jnp.dtype(dtype).itemsize

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 
 from ssvq_jax.tree import PyTree, leaves_by_path
 
@@ -84,17 +85,12 @@ def in_structure_of(like: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def _nest(leaves: Mapping[str, Any]) -> PyTree:
-    nested: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *outer, last = path.split("/")
-        node = nested
-        for key in outer:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"leaf '{path}' lies below another leaf")
-        if last in node:
-            raise ValueError(f"leaf '{path}' lies above another leaf")
-        node[last] = leaf
+    try:
+        nested = unflatten_dict(dict(leaves), sep="/")
+    except (TypeError, AttributeError):
+        nested = None
+    if nested is None or len(leaves_by_path(nested)) != len(leaves):
+        raise ValueError("a leaf lies below another leaf")
     return nested
 
 

@@ -14,10 +14,11 @@ from ssvq_jax import tree
 from ssvq_jax.atomic import replace_file
 from ssvq_jax.packing import entropy
 from ssvq_jax.packing.header import Header, header_to_text
-from ssvq_jax.packing.segments import make_layout
+from ssvq_jax.packing.segments import STATE, make_layout
 from ssvq_jax.packing.structure import describe
 from ssvq_jax.plan import Packed
 from ssvq_jax.quantizers.streams import unpack_fields
+from ssvq_jax.tree import LeafSpec, PyTree
 
 Codec = Literal["plain", "entropy"]
 HEADER, CHECKSUM = "ssvq_jax", "ssvq_jax_crc32"  # texts of the safetensors header
@@ -28,6 +29,7 @@ def save(
     packed: Packed,
     *,
     codec: Codec = "plain",
+    state: PyTree = None,
     model: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
@@ -40,6 +42,8 @@ def save(
         packed: what `Plan.finalize` gave.
         codec: ``plain``, or ``entropy`` to code codes, signs and levels by their frequencies, leaf
             by leaf, where that is smaller.
+        state: arrays that belong to the model and are no parameters, e.g. batch statistics: any
+            tree; kept as they are.
         model: what the model is, as JSON values, for whoever loads it.
         metrics: figures that were measured with it, as JSON values.
 
@@ -76,20 +80,41 @@ def save(
             if found:
                 coded[entry.name] = {field: part.size for field, part in found.items()}
     stored = {name: leaf.dtype.name for name, leaf in dense.items()}
-    layout = make_layout(plan, stored, coded)
+    others = {STATE + name: np.asarray(x) for name, x in tree.leaves_by_path(state).items()}
+    if not others.keys().isdisjoint(leaf.path for leaf in plan.leaves):
+        raise ValueError(f"leaf paths that begin with '{STATE}' are taken: rename {set(others)}")
+    specs = [LeafSpec(name.removeprefix(STATE), x.shape, x.dtype) for name, x in others.items()]
+    layout = make_layout(plan, stored, coded, specs)
+    whole = dense | others
     parts: dict[str, list[np.ndarray]] = {name: [] for name in layout.tensors}
     checksums = {}
     for owner, segments in layout.segments.items():
         sums = start_checksum(owner)
         for segment in segments:
             stream = segment.stream
-            part = dense[owner] if stream is None else contents[owner][stream.field]
+            part = whole[owner] if stream is None else contents[owner][stream.field]
             part = np.ascontiguousarray(part).reshape(-1)
             parts[segment.tensor].append(part)
             sums = zlib.crc32(part.view(np.uint8).data, sums)
         checksums[owner] = sums
+    state_structure = describe(state)
+    if isinstance(state_structure, dict) and "other" in state_structure:
+        raise ValueError(
+            f"the state has nodes of type {state_structure['other']}: give dictionaries, lists and "
+            "tuples of arrays"
+        )
     structure = describe(tree.fill(packed.params, dict.fromkeys(plan.compressed, 0)))
-    header = Header(plan, structure, stored, checksums, coded, model or {}, metrics or {})
+    header = Header(
+        plan=plan,
+        structure=structure,
+        stored=stored,
+        checksums=checksums,
+        coded=coded,
+        state=tuple(specs),
+        state_structure=state_structure,
+        model=model or {},
+        metrics=metrics or {},
+    )
     try:
         text = header_to_text(header)
     except (TypeError, ValueError) as error:

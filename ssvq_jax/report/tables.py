@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssvq_jax.bits import BitsTable, cells
+from ssvq_jax.bits import BitsRow, BitsTable, cells
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -38,6 +38,51 @@ def print_bits(title: str, table: BitsTable) -> None:
     rows = [*map(cells, table.rows), (), *map(cells, totals)]
     print_table(title, columns, rows)
     print(table.summary())
+
+
+def print_inspection(found: Mapping[str, Any], table: BitsTable) -> None:
+    """Prints what a packed file holds.
+
+    Args:
+        found: what `ssvq inspect` writes.
+        table: the bits of the file.
+    """
+    columns = ["leaf", "shape", "method", "bits by field", "bits/weight", "bytes", "ratio"]
+    errors = [leaf["error"] for leaf in found["leaves"]]
+    if any(error is not None for error in errors):
+        columns.append("error")
+    rows: list[Sequence[str]] = []
+    for row, leaf in zip(table.rows, found["leaves"], strict=True):
+        rows.append([*_fields(row, leaf["coded"]), _error(leaf["error"])][: len(columns)])
+    rows.append(())
+    for row in (*table.methods.values(), table.compressed, table.model):
+        rows.append([*_fields(row, {}), ""][: len(columns)])
+    print_table(found["file"], columns, rows)
+    for name in ("model", "metrics"):
+        if found[name]:
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items()))
+    size, header, plain = found["file_bytes"], found["header_bytes"], found["plain_bytes"]
+    print(
+        f"compressed leaves {table.compressed.compression_ratio:.2f}x; whole file "
+        f"{found['file_ratio']:.2f}x: {size:,} bytes, of which header {header:,} "
+        f"({header / size:.1%})"
+        + (f" and the model's state {found['state_bytes']:,}" if found["state_bytes"] else "")
+    )
+    if plain != table.stored_bytes:
+        print(f"entropy coding: {table.stored_bytes:,} bytes instead of {plain:,}")
+    print("every byte checked: not damaged")
+
+
+def _fields(row: BitsRow, coded: Mapping[str, int]) -> list[str]:
+    name, shape, method, _, bits, size, ratio = cells(row)
+    fields = " ".join(
+        f"{field}{'*' if field in coded else ''} {count:,}" for field, count in row.bits.items()
+    )
+    return [name, shape, method, fields, bits, size, ratio]
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"
 
 
 def print_results(results: Mapping[str, Any]) -> None:
@@ -88,7 +133,8 @@ def print_outcome(label: str, results: Mapping[str, Any]) -> None:
             accuracy = _percent(found["accuracy"], found["standard_error"])
             rows.append((name, accuracy, f"{found['loss']:.4f}", f"{found['examples']:,}"))
     print_table("quality", ("model", "accuracy", "loss", "examples"), rows)
-    size = f"{results['stored_bytes']:,} bytes, model {results['file_ratio']:.2f}x smaller"
+    stored = results.get("file_bytes", results["stored_bytes"])
+    size = f"{stored:,} bytes, model {results['file_ratio']:.2f}x smaller"
     if "bits_per_weight" in results:
         size += (
             f"; compressed weights: {results['bits_per_weight']:.3f} bits each, "

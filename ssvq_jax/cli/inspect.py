@@ -1,0 +1,103 @@
+"""``ssvq inspect``: what a packed file holds."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.packing import PackedFile
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectCommand:
+    """Show what a packed file holds, leaf by leaf, and check every byte of it.
+
+    With the float weights as a reference, the error of every leaf too.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """Packed .safetensors file."""
+    reference: Annotated[Path | None, tyro.conf.arg(metavar="WEIGHTS")] = None
+    """Float weights to compare with: a .safetensors or msgpack file or an orbax checkpoint."""
+    out: Path | None = None
+    """Write everything as JSON to this file."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        import json
+
+        from ssvq_jax.atomic import replace_text
+        from ssvq_jax.cli.packed import file_size
+        from ssvq_jax.packing import load
+        from ssvq_jax.report import print_inspection
+
+        with load(self.file) as file:
+            file.verify()
+            errors = _errors(file, self.reference) if self.reference is not None else {}
+            bits = file.bits()
+            found = {
+                "file": str(self.file),
+                **file_size(self.file, bits.model.weights),
+                "header_bytes": file.header_bytes,
+                "state_bytes": file.file_bytes - file.header_bytes - bits.stored_bytes,
+                "plain_bytes": file.plain_bytes(),
+                "model": file.model,
+                "metrics": file.metrics,
+                "plan": file.plan.to_json(),
+                "leaves": [
+                    {
+                        **dataclasses.asdict(row),
+                        "bits_per_weight": row.bits_per_weight,
+                        "coded": file.coded(row.name),
+                        "error": errors.get(row.name),
+                    }
+                    for row in bits.rows
+                ],
+            }
+            print_inspection(found, bits)
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.out, json.dumps(found, indent=1) + "\n")
+            print(f"written to {self.out}")
+
+
+def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
+    """Squared error of every row over the squares of its weights."""
+    import numpy as np
+
+    from ssvq_jax.models import SAFETENSORS, load_tensors, load_weights
+    from ssvq_jax.packing import is_packed, load
+    from ssvq_jax.tree import leaves_by_path
+
+    if is_packed(reference):
+        with load(reference) as other:
+            weights = leaves_by_path(other.decode())
+    else:
+        # Under their names as they are, or as a model's parameters.
+        weights = load_tensors(reference) if reference.suffix == SAFETENSORS else {}
+        if not {leaf.path for leaf in file.plan.leaves} <= set(weights):
+            weights = leaves_by_path(load_weights(reference)["params"])
+
+    def squares(path: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        if path not in weights or np.shape(weights[path]) != shape:
+            raise ValueError(
+                f"reference {reference} has no leaf '{path}' of shape {list(shape)}: give the "
+                "float weights of this model"
+            )
+        weight = np.asarray(weights[path], np.float64)
+        error = np.asarray(file.leaf(path), np.float64) - weight
+        return float(np.sum(error**2)), float(np.sum(weight**2))
+
+    names: dict[str, list[Any]] = {}
+    for entry in file.plan.entries:
+        names[entry.name] = list(entry.leaves)
+    for leaf in file.plan.leaves:
+        if leaf.path not in file.plan.compressed:
+            names[leaf.path] = [leaf]
+    found = {}
+    for name, leaves in names.items():
+        error, weight = np.sum([squares(leaf.path, leaf.shape) for leaf in leaves], axis=0)
+        found[name] = float(error / weight) if weight else float(error)
+    return found
