@@ -1,6 +1,7 @@
 """Rules matched to leaves: what one quantizer call covers, a leaf or leaves sharing a codebook."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,12 +33,12 @@ class Entry:
     quantizer: Quantizer
     leaves: tuple[LeafSpec, ...]
 
-    @property
+    @functools.cached_property
     def spec(self) -> LeafSpec:
         """What the quantizer sees."""
         return self.leaves[0]
 
-    @property
+    @functools.cached_property
     def storage(self) -> Storage:
         """Stored bits by field."""
         return self.quantizer.storage(self.spec)
@@ -56,8 +57,12 @@ class Entry:
 
     def decode(self, streams: Mapping[str, Any]) -> dict[str, Array]:
         """Decodes what `ssvq_jax.quantizers.streams.pack_fields` gave; leaves by leaf path."""
-        spec = dataclasses.replace(self.spec, path="")  # leaves of a shape share compiled code
-        return self.scatter(decode_streams(self.quantizer, dict(streams), spec))
+        return self.scatter(decode_streams(self.quantizer, dict(streams), self.nameless))
+
+    @functools.cached_property
+    def nameless(self) -> LeafSpec:
+        """What the quantizer sees, without a path: leaves of one shape share compiled code."""
+        return dataclasses.replace(self.spec, path="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ class SharedEntry(Entry):
     quantizer: CodebookQuantizer
     axis: int
 
-    @property
+    @functools.cached_property
     def spec(self) -> LeafSpec:
         """The sub-vectors of all leaves, ``[n, d]``."""
         count = sum(layout.count for layout in self._layouts())

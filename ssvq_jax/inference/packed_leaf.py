@@ -33,7 +33,7 @@ class PackedLeaf:
         spec: description of one weight, without stacked axes.
     """
 
-    streams: dict[str, Array]
+    streams: dict[str, Any]  # arrays, or what JAX puts in their places
     quantizer: Quantizer
     spec: LeafSpec
 

@@ -95,9 +95,10 @@ class PackedFile:
         """
         shardings = self._shardings()
         leaves: dict[str, Any] = {}
-        for path in self._specs:
-            if path not in leaves:
-                leaves |= self._decoded(path, shardings)
+        for entry in self.plan.entries:
+            leaves |= self._decoded(entry, shardings)
+        dense = {path: self._cast(path) for path in self._specs if path not in self._owners}
+        leaves |= _put(dense, shardings)  # at once: most are small
         return self._tree({path: leaves[path] for path in self._specs})
 
     def leaf(self, path: str) -> Float[Array, "..."]:
@@ -110,7 +111,10 @@ class PackedFile:
         if path not in self._specs:
             some = ", ".join(list(self._specs)[:5])
             raise ValueError(f"{self._container.path} has no leaf '{path}'; it has {some}, ...")
-        return self._decoded(path, self._shardings())[path]
+        entry, shardings = self._owners.get(path), self._shardings()
+        if entry is None:
+            return _put({path: self._cast(path)}, shardings)[path]
+        return self._decoded(entry, shardings)[path]
 
     def read(self) -> Packed:
         """Reads everything as it is stored, on the host.
@@ -251,8 +255,7 @@ class PackedFile:
         for stream in entry.storage.streams:
             if stream.values in (None, 2**stream.width):
                 continue  # no number of these bits is too large
-            spec = dataclasses.replace(entry.spec, path="")
-            largest = int(_largest(entry.quantizer, streams, spec, stream.field))
+            largest = int(_largest(entry.quantizer, streams, entry.nameless, stream.field))
             if largest >= stream.values:
                 what = f"its {stream.field} go up to {largest}, and there are {stream.values}"
                 raise self._damaged(entry.name, what)
@@ -260,19 +263,18 @@ class PackedFile:
     def _damaged(self, owner: str, reason: str) -> PackedFileError:
         return PackedFileError(f"{self._container.path}: '{owner}' is damaged: {reason}")
 
-    def _decoded(self, path: str, shardings: dict[str, Any]) -> dict[str, Array]:
-        """A leaf, and those that share a codebook with it, where they are to be."""
-        entry = self._owners.get(path)
-        if entry is None:
-            dtype = self._specs[path].dtype
-            leaf = jnp.asarray(self.dense(path)).astype(dtype)
-            return {path: jax.device_put(leaf, shardings.get(path))}
+    def _cast(self, path: str) -> np.ndarray:
+        """A dense leaf in its own dtype."""
+        return self.dense(path).astype(self._specs[path].dtype, copy=False)
+
+    def _decoded(self, entry: Entry, shardings: dict[str, Any]) -> dict[str, Array]:
+        """The leaves of an entry, where they are to be."""
         streams = self.streams(entry.name)
-        if isinstance(entry, SharedEntry) or path not in shardings:
-            leaves = entry.decode(streams)
-            return {name: jax.device_put(x, shardings.get(name)) for name, x in leaves.items()}
-        spec = dataclasses.replace(entry.spec, path="")
-        decode = _decode_onto(entry.quantizer, spec, shardings[path])
+        if not shardings:
+            return entry.decode(streams)
+        if isinstance(entry, SharedEntry):
+            return _put(entry.decode(streams), shardings)
+        decode = _decode_onto(entry.quantizer, entry.nameless, shardings[entry.name])
         return entry.scatter(decode(streams))
 
     def _shardings(self) -> dict[str, Any]:
@@ -321,6 +323,12 @@ def load(path: str | Path, *, like: PyTree = None, sharding: Any = None) -> Pack
         OSError: if there is no such file, or it cannot be opened.
     """
     return PackedFile(Path(path), like, sharding)
+
+
+def _put(leaves: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Array]:
+    """Places leaves by leaf path."""
+    where = {path: shardings[path] for path in leaves} if shardings else None
+    return jax.device_put(leaves, where)
 
 
 def is_packed(path: str | Path) -> bool:

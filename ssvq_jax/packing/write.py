@@ -1,6 +1,5 @@
 """Writing a packed model to a file."""
 
-import dataclasses
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,12 +130,13 @@ def start_checksum(owner: str) -> int:
 
 def _coded(entry: Any, streams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The fields that coding makes smaller."""
-    numbers = _unpack(entry.quantizer, streams, dataclasses.replace(entry.spec, path=""))
+    numbers = _unpack(entry.quantizer, streams, entry.nameless)
     found = {}
     for stream in entry.storage.streams:
         if stream.values is not None:
             field = np.asarray(numbers[stream.field])
-            part = entropy.code(field, stream.values, stream.bytes)
+            told = len(entry.name) + len(stream.field) + 32  # in the header
+            part = entropy.code(field, stream.values, stream.bytes - told)
             if part is not None:
                 found[stream.field] = np.frombuffer(part, np.uint8)
     return found
