@@ -67,6 +67,7 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
     """Squared error of every row over the squares of its weights."""
     import numpy as np
 
+    from ssvq_jax.analysis import weight_error
     from ssvq_jax.models import SAFETENSORS, load_tensors, load_weights
     from ssvq_jax.packing import is_packed, load
     from ssvq_jax.tree import leaves_by_path
@@ -80,24 +81,23 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
         if not {leaf.path for leaf in file.plan.leaves} <= set(weights):
             weights = leaves_by_path(load_weights(reference)["params"])
 
-    def squares(path: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    def both(path: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
         if path not in weights or np.shape(weights[path]) != shape:
             raise ValueError(
                 f"reference {reference} has no leaf '{path}' of shape {list(shape)}: give the "
                 "float weights of this model"
             )
-        weight = np.asarray(weights[path], np.float64)
-        error = np.asarray(file.leaf(path), np.float64) - weight
-        return float(np.sum(error**2)), float(np.sum(weight**2))
+        pair = weights[path], file.leaf(path)
+        first, second = (np.asarray(x).astype(np.float32).reshape(-1) for x in pair)
+        return first, second
 
-    names: dict[str, list[Any]] = {}
-    for entry in file.plan.entries:
-        names[entry.name] = list(entry.leaves)
-    for leaf in file.plan.leaves:
-        if leaf.path not in file.plan.compressed:
-            names[leaf.path] = [leaf]
-    found = {}
-    for name, leaves in names.items():
-        error, weight = np.sum([squares(leaf.path, leaf.shape) for leaf in leaves], axis=0)
-        found[name] = float(error / weight) if weight else float(error)
-    return found
+    rows = {entry.name: entry.leaves for entry in file.plan.entries}
+    rows |= {
+        leaf.path: (leaf,) for leaf in file.plan.leaves if leaf.path not in file.plan.compressed
+    }
+    errors = {}
+    for name, leaves in rows.items():
+        pairs = [both(leaf.path, leaf.shape) for leaf in leaves]
+        found = weight_error(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+        errors[name] = found.relative if found.relative is not None else 0.0
+    return errors

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jax import export
 
-from ssvq_jax.inference.packed_leaf import decode_params, packed_params
+from ssvq_jax.inference.packed_leaf import packed_params
+from ssvq_jax.inference.serve import serve
 from ssvq_jax.plan import Packed
 from ssvq_jax.tree import PyTree
 
@@ -54,7 +55,7 @@ def export_program(
     weights = packed_params(packed)
 
     def program(*arguments: Any) -> PyTree:
-        return apply(decode_params(weights), *arguments)
+        return serve(apply)(weights, *arguments)
 
     exported = export.export(jax.jit(program), platforms=tuple(platforms))(*inputs)
     return bytes(exported.serialize())

@@ -158,6 +158,28 @@ def test_compress_finetune_eval_analyze(trained, ssvq, project):
     assert best["after"]["examples"] == 48
     assert best["stored_bytes"] == tuned["stored_bytes"]
 
+    # The packed file holds the statistics that it was judged with, and tells model and data.
+    packed = "runs/tuned/model.safetensors"
+    ssvq("eval", "--weights", packed, "--split", "validation", "--out", "runs/judged")
+    judged = json.loads((project / "runs/judged/eval-validation-last.json").read_text())
+    assert judged["after"]["loss"] == pytest.approx(tuned["after"]["loss"], rel=1e-6)
+    assert judged["file_ratio"] == tuned["file_ratio"]
+    ssvq("export", packed, "--to", "stablehlo", "--image-size", "12", "--out", "runs/net.hlo")
+    program = jax.export.deserialize(bytearray((project / "runs/net.hlo").read_bytes()))
+    assert program.call(jnp.zeros((7, 12, 12, 3))).shape == (7, 3)
+    ssvq("export", packed, "--to", "safetensors", "--out", "runs/plain.safetensors")
+    ssvq("eval", *IMAGES, "--weights", "runs/plain.safetensors", "--split", "validation",
+         "--out", "runs/judged")  # fmt: skip
+    judged = json.loads((project / "runs/judged/eval-validation-last.json").read_text())
+    assert judged["after"]["loss"] == pytest.approx(tuned["after"]["loss"], rel=1e-6)
+    ssvq("pack", "--weights", "runs/tuned", "--which", "best", "--out", "runs/best.safetensors")
+    ssvq("eval", "--weights", "runs/best.safetensors", "--split", "test", "--out", "runs/judged")
+    judged = json.loads((project / "runs/judged/eval-test-last.json").read_text())
+    assert judged["after"]["loss"] == pytest.approx(best["after"]["loss"], rel=1e-6)
+    # Training goes on from it as from the run.
+    ssvq(*tuned_options[:1], "--weights", packed, "--out", "runs/on", "--steps", "4")
+    assert results(project / "runs/on")["before"]["accuracy"] == tuned["after"]["accuracy"]
+
     # A finished run is read back, and another configuration is refused.
     ssvq(*tuned_options)
     assert results(project / "runs/tuned")["after"] == tuned["after"]
