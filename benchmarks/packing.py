@@ -4,13 +4,14 @@
 
 Sizes are those of `deit_tiny` with random initial weights, k-means on them, and biases and norms in
 float16; in the first recipe patch embedding, positions and head are int8, in the second every
-kernel is at 1.5 bits. "Entropy" is that of each coded field under its own frequencies, and the distance
-what the file takes beyond it: tables and rounding.
+kernel is at 1.5 bits. "Entropy" is that of each field of codes, signs or levels under its own
+frequencies; the distance is what the coded file takes for them beyond that.
 
 Speeds: both sides in turn in this process, medians of as many rounds. Decoding, bit unpacking
 included, is compared with a jitted copy of the decoded array; loading and decoding a packed file
 with the time safetensors takes to load the float32 file, both from the page cache and compiled
-before. The trees of 100 M weights have random codes: no clustering, the same work.
+before; the product of activations and a packed weight with decoding the weight and multiplying, and
+with the product of a dense one. Large weights have random codes: no clustering, the same work.
 
 Serving memory is what XLA says of the compiled forward pass, arguments and temporaries, over the
 packed weights, two decoded layers and the activations. The last line is one JSON object.
@@ -34,7 +35,7 @@ from rich.table import Table
 from safetensors.flax import load_file, save_file
 
 import ssvq_jax as ssvq
-from ssvq_jax.inference import decode_params, packed_params
+from ssvq_jax.inference import PackedLeaf, decode_params, matmul, packed_params, serve
 from ssvq_jax.models import create
 from ssvq_jax.packing.entropy import entropy_bits
 from ssvq_jax.plan import Packed, Plan
@@ -88,6 +89,7 @@ def main(config: Config) -> None:
         small = sizes(folder, figures)
         decoding(config, figures)
         loading(config, folder, small, figures)
+        products(config, figures)
         serving(config, figures)
     print(json.dumps(figures))
 
@@ -191,35 +193,67 @@ def loading(config: Config, folder: Path, small: Path, figures: dict[str, Any]) 
     figures |= {"load_time_ratio": max(ratios), "load_time_ratios": ratios}
 
 
+def products(config: Config, figures: dict[str, Any]) -> None:
+    """Time of x @ W for a packed W."""
+    spec = LeafSpec("", (config.width, 4 * config.width), "float32")
+    leaf = PackedLeaf(random_streams(np.random.default_rng(2), MAIN, spec), MAIN, spec)
+    leaf = jax.tree.map(jnp.asarray, leaf)
+    weight = leaf.decode()
+    rows = []
+    for batch in (1, 16, 256):
+        x = jnp.ones((batch, config.width))
+        whole = jax.jit(lambda x, leaf: x @ leaf.decode())
+        dense = jax.jit(jnp.matmul)
+        tiles, decoded, base = in_turn(
+            5 * config.rounds,
+            lambda x=x: matmul(x, leaf),
+            lambda x=x, whole=whole: whole(x, leaf),
+            lambda x=x, dense=dense: dense(x, weight),
+        )
+        figures[f"matmul_ratio_{batch}"] = tiles / decoded
+        times = (1e3 * tiles, 1e3 * decoded, 1e3 * base)
+        rows.append([str(batch), *(f"{x:.2f}" for x in times), f"{tiles / decoded:.2f}"])
+    columns = ("batch", "by tiles ms", "decode, multiply ms", "dense ms", "ratio of the first two")
+    show(f"product with a packed weight {spec.shape[0]} x {spec.shape[1]}", columns, rows)
+
+
 def serving(config: Config, figures: dict[str, Any]) -> None:
-    """Memory of a scanned model whose weights stay packed."""
+    """Memory of a model whose weights stay packed, its layers scanned over or in a row."""
     width, layers = config.width, config.layers
     shapes = {"up": (layers, width, 4 * width), "down": (layers, 4 * width, width)}
     plan = ssvq.make_plan(as_shapes(shapes), [ssvq.Rule(".*", MAIN, stacked=1)])
-    weights = packed_params(random_packed(plan))
+    stack = packed_params(random_packed(plan))
+    row = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(layers)]
 
-    def layer(x: jax.Array, packed: Any) -> tuple[jax.Array, None]:
-        params = decode_params(packed)
+    def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
         return x + jax.nn.gelu(x @ params["up"]) @ params["down"], None
 
-    def body_decodes(weights: Any, x: jax.Array) -> jax.Array:
-        return jax.lax.scan(layer, x, weights)[0]
+    def scanned(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(layer, x, params)[0]
 
-    def all_at_once(weights: Any, x: jax.Array) -> jax.Array:
-        return body_decodes(decode_params(weights), x)
+    def unrolled(params: Any, x: jax.Array) -> jax.Array:
+        for part in params:
+            x, _ = layer(x, part)
+        return x
 
     x = jnp.ones((config.batch, width))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(stack))
     one, activations = 4 * 8 * width**2, 4 * config.batch * (2 * width + 2 * 4 * width)
     allowed = size + 2 * one + activations
     rows = []
-    for name, apply in {"in the scan body": body_decodes, "whole model": all_at_once}.items():
-        found: Any = jax.jit(apply).lower(weights, x).compile().memory_analysis()
-        held = found.argument_size_in_bytes + found.temp_size_in_bytes
-        rows.append([name, f"{size / 1e6:.1f}", f"{found.temp_size_in_bytes / 1e6:.1f}",
-                     f"{held / 1e6:.1f}", f"{held / allowed:.2f}"])  # fmt: skip
-        figures.setdefault("serve_memory_ratio", held / allowed)
-    columns = ("decoded", "packed MB", "temporaries MB", "in all MB", "of allowed")
+    for name, apply, weights in (("scan", scanned, stack), ("unrolled", unrolled, row)):
+        decodes: dict[str, Any] = {
+            "serve": serve(apply),
+            "whole model first": lambda w, x, apply=apply: apply(decode_params(w), x),
+        }
+        for decoded, function in decodes.items():
+            found: Any = jax.jit(function).lower(weights, x).compile().memory_analysis()
+            held = found.argument_size_in_bytes + found.temp_size_in_bytes
+            megabytes = [f"{n / 1e6:.1f}" for n in (size, found.temp_size_in_bytes, held)]
+            rows.append([name, decoded, *megabytes, f"{held / allowed:.2f}"])
+            key = "serve_memory_ratio" + ("_unrolled" if name == "unrolled" else "")
+            figures.setdefault(key, held / allowed)  # of serve, which comes first
+    columns = ("layers", "decoded", "packed MB", "temporaries MB", "in all MB", "of allowed")
     show(f"serving {layers} layers of {one / 1e6:.1f} MB in float32", columns, rows)
 
 
