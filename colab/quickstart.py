@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -206,3 +208,22 @@ assert jax.tree.all(same)
 image = jnp.zeros((1, *digits.image_shape("train")))
 logits, _ = task.forward(weights, again.state.model_state, image, None)
 print(f"{plan.bits().stored_bytes:,} bytes stored; logits {logits.shape}")
+
+# %% [markdown]
+# ## 7. Take it with you
+# One file holds exactly those bits. Loaded, it gives the very weights; or they stay packed, and
+# each is decoded where the model uses it.
+
+# %%
+from ssvq_jax.inference import packed_params, serve
+
+file = folder / "model.safetensors"
+ssvq.save(file, again.packed, codec="entropy", metrics=again.after._asdict())
+with ssvq.load(file) as stored:
+    print(f"{stored.file_bytes:,} bytes on disk, {stored.header_bytes:,} of them header")
+    held = packed_params(stored.read())
+
+classify = jax.jit(serve(lambda p, x: task.forward(p, again.state.model_state, x, None)[0]))
+difference = abs(classify(held, image) - logits).max()
+print(f"largest difference of a logit: {difference:.1e}")
+assert difference < 1e-4

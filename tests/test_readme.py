@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from ssvq_jax.cli.main import main
 
@@ -23,13 +24,26 @@ def blocks(language, word):
     return code
 
 
-def test_python_example_runs():
-    code = blocks("python", "make_plan")
+def test_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python", "freeze_signs")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         names: dict = {}
         exec(code, names)
     assert names["logits"].shape == (64, 10)
     assert names["plan"].bits().main.compression_ratio > 20
+
+
+@pytest.mark.parametrize("word", ["packed_params", "ssvq_jax.clustering"])
+def test_other_examples_run(word):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(blocks("python", word), {})
+
+
+def commands(word):
+    """The commands of a block, without the program's name and comments."""
+    lines = [line.split("#")[0] for line in blocks("bash", word).splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.strip()]
 
 
 def test_own_model_and_images_from_the_command_line(tmp_path, monkeypatch, capsys):
@@ -46,13 +60,13 @@ def test_own_model_and_images_from_the_command_line(tmp_path, monkeypatch, capsy
             pixels = generator.integers(0, 100, (height, width, 3), dtype=np.uint8)
             pixels[..., i % 3] += np.uint8(60 * (1 + i // 3))
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
-    lines = [line.split("#")[0] for line in blocks("bash", "ssvq finetune").splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.strip()]
-    assert [command[0] for command in commands] == [
+    of_runs, of_files = commands("ssvq finetune"), commands("ssvq inspect")
+    assert [command[0] for command in of_runs] == [
         "train", "analyze", "compress", "finetune", "eval",
     ]  # fmt: skip
+    assert [command[0] for command in of_files] == ["inspect", "eval", "pack", "export", "export"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for command in commands:
+        for command in of_runs + of_files:
             short = ["--steps", "20"] if command[0] in ("train", "finetune") else []
             main([*command, *short])
     for run in ("float", "analysis", "small", "tuned"):
@@ -62,6 +76,11 @@ def test_own_model_and_images_from_the_command_line(tmp_path, monkeypatch, capsy
     found = json.loads(Path("runs/tuned/eval-test-best.json").read_text())
     assert found["after"]["examples"] == 15
     assert found["compression_ratio"] > 19
+    program = jax.export.deserialize(bytearray(Path("model.hlo").read_bytes()))
+    assert program.call(np.zeros((3, 64, 64, 3), np.float32)).shape == (3, 5)
+    assert {"Conv_0/kernel", "Dense_0/bias"} <= {
+        name.removeprefix("params/") for name in load_file("plain.safetensors")
+    }
     assert "test" in capsys.readouterr().out
 
 
