@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         ...     [path.name for path in Path(folder).iterdir()]
         ['results.json']
     """
-    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    # Unique: threads, and processes of one number on several hosts, may write the same file.
+    new = file.with_name(f".{uuid.uuid4().hex}.new")
     try:
         new.touch()
         mode = new.stat().st_mode  # libraries that make the file anew may hide it from others

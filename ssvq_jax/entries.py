@@ -18,6 +18,8 @@ from ssvq_jax.quantizers.streams import decode_streams
 from ssvq_jax.recipe import Recipe, Rule
 from ssvq_jax.tree import LeafSpec
 
+_MOST_GAIN = 1024  # weights a stored byte: a small file must not ask for any amount of memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -119,28 +121,18 @@ class SharedEntry(Entry):
 
         Yields:
             The leaf, the method as it would be for this leaf alone, and its fields.
-
-        Raises:
-            ValueError: if sub-vectors run along the stacked axes of a leaf.
         """
-        codes, start = fields["codes"], 0
+        start = 0
         for layout, leaf in zip(self._layouts(), self.leaves, strict=True):
-            axis = layout.axis - len(leaf.shape)  # the same with and without stacked axes
-            if layout.axis < leaf.stacked:
-                raise ValueError(
-                    f"leaf '{leaf.path}': its sub-vectors run along stacked axis {layout.axis}, so "
-                    "that its slices cannot be decoded by themselves: use axis=-1"
-                )
             part = slice(start, start + layout.count)
             start += layout.count
-            lead = leaf.shape[: leaf.stacked]
-            own: dict[str, Any] = {"codes": codes[part].reshape(*lead, -1)}
+            own: dict[str, Any] = {}
             for name, field in fields.items():
                 if name.startswith("codebook"):
-                    own[name] = jnp.broadcast_to(field, (*lead, *field.shape))
-                elif name != "codes":
-                    own[name] = layout.join(field[part])
-            yield leaf, dataclasses.replace(self.quantizer, axis=axis), own
+                    own[name] = field
+                else:
+                    own[name] = field[part] if name == "codes" else layout.join(field[part])
+            yield leaf, dataclasses.replace(self.quantizer, axis=self.axis), own
 
     def _layouts(self) -> list[BlockLayout]:
         quantizer = dataclasses.replace(self.quantizer, axis=self.axis)
@@ -267,6 +259,11 @@ def bind_rules(
         entries.append(share_entry(name, members))
     for entry in entries:
         entry.check()
+        if entry.spec.size > _MOST_GAIN * entry.storage.bits // 8:
+            raise ValueError(
+                f"'{entry.name}': {entry.quantizer} stores less than a bit for every "
+                f"{_MOST_GAIN // 8} weights: use a smaller dim"
+            )
     return tuple(leaves), tuple(entries)
 
 

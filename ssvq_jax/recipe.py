@@ -9,10 +9,11 @@ from typing import Any
 
 from ssvq_jax import quantizers
 from ssvq_jax.quantizers import Quantizer, SignSplit, Uniform, Vector
-from ssvq_jax.quantizers.base import check_integer
+from ssvq_jax.quantizers.base import check_flag, check_integer
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 
 FORMAT = 1
+_MOST_PATTERN = 4096  # characters: patterns come from files, too, and compiling takes time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,14 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise ValueError(f"rule {self.pattern!r}: the pattern must be a string")
+        if len(self.pattern) > _MOST_PATTERN:
+            raise ValueError(
+                f"rule '{self.pattern[:40]}...': a pattern of {len(self.pattern)} characters; give "
+                f"at most {_MOST_PATTERN}, or several rules"
+            )
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"rule '{self.pattern}' is not a regular expression: {error}"
             ) from None
@@ -50,6 +56,9 @@ class Rule:
                 "SignSplit(codewords=16, dim=8), or None to keep leaves dense"
             )
         check_integer("stacked", self.stacked, least=0)
+        check_flag("optional", self.optional)
+        if not isinstance(self.share, str | None):
+            raise ValueError(f"rule '{self.pattern}': share={self.share!r} must be a name or None")
         if self.share is not None and (self.stacked or self.quantizer is None):
             raise ValueError(
                 f"rule '{self.pattern}': share='{self.share}' needs a quantizer and stacked=0 (one "

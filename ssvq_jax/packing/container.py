@@ -9,6 +9,7 @@ files are read here piece by piece, and a piece that is missing is an error.
 import json
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,17 @@ class Container:
         self.path = path
         if path.is_dir():
             raise PackedFileError(f"{path} is a folder: give a .safetensors file")
+        if path.exists() and not path.is_file():  # to open a pipe is to wait for its writer
+            raise PackedFileError(f"{path} is no regular file: give a .safetensors file")
         self._lock = threading.Lock()
-        self._file = path.open("rb")
+        # Without a buffer: what another process cuts off or writes over must not come out of it.
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
         try:
             self.file_bytes = os.fstat(self._file.fileno()).st_size
             header = self._header()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._tensors = header
@@ -71,6 +76,8 @@ class Container:
             with self._lock:
                 self._file.seek(start)
                 found = self._file.read(size)
+                while len(found) < size and (more := self._file.read(size - len(found))):
+                    found += more  # a system gives 2 GiB at once at most
         except (OSError, ValueError) as error:
             raise PackedFileError(f"{self.path}: {what} cannot be read ({error})") from error
         if len(found) < size:
@@ -134,6 +141,14 @@ class Container:
         except (ValueError, RecursionError) as error:
             raise PackedFileError(f"{self.path}: {what} is damaged ({error})") from None
         texts = header.get("__metadata__", {}) if isinstance(header, dict) else None
-        if not isinstance(texts, dict) or not all(isinstance(x, str) for x in texts.values()):
+        if not isinstance(texts, dict) or not all(map(is_text, texts.values())):
             raise PackedFileError(f"{self.path}: {what} is not that of a safetensors file")
         return header
+
+
+def is_text(value: Any) -> bool:
+    """Whether a JSON value is a string without half a surrogate pair, which no bytes stand for."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False

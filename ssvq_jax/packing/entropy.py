@@ -2,7 +2,9 @@
 
 A coded field is its frequency table (one little-endian 16-bit number for every value, the largest
 65535, at least 1 where the value occurs), then the 32-bit words of `constriction`'s ``AnsCoder``
-for the model ``Categorical(table / sum, perfect=False)``.
+for the model ``Categorical(table / sum, perfect=False)``, and zero words where there would be more
+than `MOST_NUMBERS` numbers a byte: a certain value takes next to no bits, and a small file must not
+ask for any amount of memory.
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ from jaxtyping import UInt16
 
 _stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (native)
 
+MOST_NUMBERS = 64  # in a coded byte
 _TOP = 65535  # highest frequency in a table
 _MOST_VALUES = 1 << 16  # a longer table costs more than it gains
 
@@ -45,6 +48,8 @@ def code(numbers: np.ndarray, values: int, raw_bytes: int) -> bytes | None:
     coder = _stream.stack.AnsCoder()
     coder.encode_reverse(numbers, _model(table))
     coded = table.tobytes() + coder.get_compressed().astype("<u4").tobytes()
+    missing = max(-(-len(numbers) // MOST_NUMBERS) - len(coded), 0)
+    coded += bytes(-(-missing // 4) * 4)
     return coded if len(coded) < raw_bytes else None
 
 
@@ -68,7 +73,9 @@ def decode(coded: bytes, values: int, count: int) -> np.ndarray:
     table = np.frombuffer(coded, "<u2", values)
     if table.max() != _TOP:
         raise ValueError("the frequency table has no value of the highest frequency")
-    words = np.frombuffer(coded, "<u4", offset=2 * values)
+    if count > MOST_NUMBERS * len(coded):
+        raise ValueError(f"{len(coded)} bytes are too few for {count} numbers")
+    words = np.trim_zeros(np.frombuffer(coded, "<u4", offset=2 * values), "b")
     try:
         coder = _stream.stack.AnsCoder(words.astype(np.uint32))
     except ValueError as error:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from ssvq_jax.entries import bind_rules, match_rules
+from ssvq_jax.entries import SharedEntry, bind_rules
+from ssvq_jax.packing.container import is_text
 from ssvq_jax.packing.errors import PackedFileError
 from ssvq_jax.packing.segments import DTYPES, STATE
 from ssvq_jax.packing.structure import Structure
 from ssvq_jax.plan import Plan
+from ssvq_jax.quantizers.base import MOST_AXES
 from ssvq_jax.recipe import recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec
 
@@ -48,16 +52,15 @@ class Header:
 def header_to_text(header: Header) -> str:
     """Writes a header as JSON; a row a leaf: path, shape, rule, dtype, stored dtype, checksum."""
     plan = header.plan
-    rules = list(plan.recipe)
-    chosen = match_rules(plan.recipe, {leaf.path: leaf for leaf in plan.leaves})
+    rules = _rules(plan)
     dtypes = sorted({leaf.dtype.name for leaf in plan.leaves} | set(header.stored.values()))
     rows = []
     for leaf in plan.leaves:
         stored = header.stored.get(leaf.path, leaf.dtype.name)
-        row = [leaf.path, list(leaf.shape), rules.index(chosen[leaf.path])]
+        row = [leaf.path, list(leaf.shape), rules[leaf.path]]
         row += [dtypes.index(leaf.dtype.name), dtypes.index(stored)]
         rows.append([*row, header.checksums.get(leaf.path, 0)])
-    shares = {entry.name for entry in plan.entries} - set(chosen)
+    shares = {entry.name for entry in plan.entries} - set(rules)
     state = [
         [leaf.path, list(leaf.shape), leaf.dtype.name, header.checksums[STATE + leaf.path]]
         for leaf in header.state
@@ -98,8 +101,32 @@ def header_from_text(text: str) -> Header:
         return _read(data)
     except PackedFileError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
         raise PackedFileError(f"its header does not hold together: {error}") from error
+
+
+def _rules(plan: Plan) -> dict[str, int]:
+    """Number of a rule that makes of every leaf what the plan does, by leaf path.
+
+    By what it says, not by its pattern: the plan may be from a file of others.
+    """
+    numbers: dict[tuple[Any, int, str | None], int] = {}
+    for number, rule in enumerate(plan.recipe):
+        numbers.setdefault((rule.quantizer, rule.stacked, rule.share), number)
+        if rule.quantizer is None:
+            numbers.setdefault((None, 0, None), number)
+    rules = {leaf.path: numbers.get((None, 0, None), -1) for leaf in plan.leaves}
+    for entry in plan.entries:
+        for leaf in entry.leaves:
+            if isinstance(entry, SharedEntry):
+                quantizer = dataclasses.replace(entry.quantizer, axis=entry.axis)
+                rules[leaf.path] = numbers[quantizer, 0, entry.name]
+            else:
+                rules[leaf.path] = numbers[entry.quantizer, leaf.stacked, None]
+    return rules
 
 
 def _read(data: Mapping[str, Any]) -> Header:
@@ -108,11 +135,14 @@ def _read(data: Mapping[str, Any]) -> Header:
     for dtype in dtypes:
         if dtype not in DTYPES or not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             raise PackedFileError(f"its header names a dtype {dtype!r}")
+        if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+            raise PackedFileError(f"it holds {dtype} leaves: enable jax_enable_x64 to read them")
     specs, chosen, stored, sums = {}, {}, {}, {}
     for path, shape, rule, dtype, stored_as, checksum in data["leaves"]:
-        for number in (*shape, rule, dtype, stored_as, checksum):
+        for number in (rule, dtype, stored_as, checksum):
             _check_count(f"leaf '{path}'", number)
-        if not isinstance(path, str) or path in specs:
+        _check_shape(f"leaf '{path}'", shape)
+        if not is_text(path) or path in specs:
             raise PackedFileError(f"its header has leaf {path!r} twice, or no name for it")
         specs[path] = LeafSpec(path, tuple(shape), dtypes[dtype])
         # By number, not by pattern: a file must not be able to make us match for hours.
@@ -122,6 +152,7 @@ def _read(data: Mapping[str, Any]) -> Header:
             stored[path] = dtypes[stored_as]
     leaves, entries = bind_rules(chosen, specs)
     plan = Plan(recipe, leaves, entries)
+    hash(plan)  # as compiled code needs it
     for share, checksum in data["shares"].items():
         _check_count(f"share '{share}'", checksum)
         sums[share] = checksum
@@ -138,9 +169,9 @@ def _read(data: Mapping[str, Any]) -> Header:
         raise PackedFileError("its header names model or metrics that are no mappings")
     state = []
     for path, shape, dtype, checksum in data["state"]:
-        for number in (*shape, checksum):
-            _check_count(f"state '{path}'", number)
-        if not isinstance(path, str) or dtype not in DTYPES or STATE + path in sums:
+        _check_count(f"state '{path}'", checksum)
+        _check_shape(f"state '{path}'", shape)
+        if not is_text(path) or dtype not in DTYPES or STATE + path in sums:
             raise PackedFileError(f"its header has state {path!r} twice, or of dtype {dtype!r}")
         state.append(LeafSpec(path, tuple(shape), dtype))
         sums[STATE + path] = checksum
@@ -158,5 +189,14 @@ def _read(data: Mapping[str, Any]) -> Header:
 
 
 def _check_count(what: str, number: Any) -> None:
-    if type(number) is not int or number < 0:
-        raise PackedFileError(f"its header has {number!r} where {what} needs a count")
+    if type(number) is not int or not 0 <= number < 2**63:
+        raise PackedFileError(f"its header has {str(number)[:60]} where {what} needs a count")
+
+
+def _check_shape(what: str, shape: Any) -> None:
+    if not isinstance(shape, list) or len(shape) > MOST_AXES:
+        raise PackedFileError(f"its header has no shape of at most {MOST_AXES} axes for {what}")
+    for number in shape:
+        _check_count(what, number)
+    if math.prod(max(number, 1) for number in shape) >= 2**60:  # of empty leaves, too
+        raise PackedFileError(f"its header makes {what} larger than any memory")

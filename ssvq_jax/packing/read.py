@@ -24,7 +24,7 @@ from ssvq_jax.packing.segments import STATE, Segment, make_layout
 from ssvq_jax.packing.structure import Structure, in_structure_of, rebuild
 from ssvq_jax.packing.write import CHECKSUM, HEADER, start_checksum
 from ssvq_jax.plan import Packed, Plan
-from ssvq_jax.quantizers.streams import decode_streams, stream_shape, unpack_fields
+from ssvq_jax.quantizers.streams import check_streams, decode_streams, stream_shape
 from ssvq_jax.tree import LeafSpec, PyTree
 
 
@@ -49,6 +49,8 @@ class PackedFile:
             header = self._header
             self._layout = make_layout(header.plan, header.stored, header.coded, header.state)
             self._starts = self._container.check(self._layout)
+            if like is not None:  # refused before anything is read
+                in_structure_of(like, {leaf.path: leaf for leaf in header.plan.leaves})
         except BaseException:
             self._container.close()
             raise
@@ -62,8 +64,6 @@ class PackedFile:
         self._entries = {entry.name: entry for entry in self.plan.entries}
         self._owners = {x.path: entry for entry in self.plan.entries for x in entry.leaves}
         self._specs = {leaf.path: leaf for leaf in self.plan.leaves}
-        if like is not None:
-            in_structure_of(like, self._specs)  # refused before anything is read
 
     def __enter__(self) -> "PackedFile":
         return self
@@ -125,12 +125,7 @@ class PackedFile:
         """
         streams = {name: self.streams(name) for name in self._entries}
         leaves = {path: None if path in self._owners else self.dense(path) for path in self._specs}
-        # None is no leaf to JAX: fill the holes only once the structure stands.
-        numbered = self._tree(dict.fromkeys(self._specs, 0))
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, _: leaves[tree.leaf_path(path)], numbered
-        )
-        return Packed(self.plan, params, streams)
+        return Packed(self.plan, self._tree(leaves), streams)
 
     def streams(self, name: str) -> dict[str, np.ndarray]:
         """Reads what is stored of an entry: see `Packed.streams`.
@@ -147,9 +142,10 @@ class PackedFile:
                 content = self._uncode(segment, content)
             array = np.frombuffer(content, np.uint8 if stream.values else jnp.dtype(stream.dtype))
             streams[stream.field] = array.reshape(stream_shape(stream, entry.spec))
-            if stream.values is None and not np.all(np.isfinite(array.astype(np.float32))):
-                raise self._damaged(name, f"its {stream.field} is not finite")
-        self._check_numbers(entry, streams)
+        try:
+            check_streams(entry.quantizer, streams, entry.nameless)
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from None
         return streams
 
     def dense(self, path: str) -> np.ndarray:
@@ -251,15 +247,6 @@ class PackedFile:
             raise self._damaged(segment.owner, f"its {stream.field}: {error}") from error
         return pack_bits(numbers.reshape(stream.slices, -1), stream.width).tobytes()
 
-    def _check_numbers(self, entry: Entry, streams: dict[str, np.ndarray]) -> None:
-        for stream in entry.storage.streams:
-            if stream.values in (None, 2**stream.width):
-                continue  # no number of these bits is too large
-            largest = int(_largest(entry.quantizer, streams, entry.nameless, stream.field))
-            if largest >= stream.values:
-                what = f"its {stream.field} go up to {largest}, and there are {stream.values}"
-                raise self._damaged(entry.name, what)
-
     def _damaged(self, owner: str, reason: str) -> PackedFileError:
         return PackedFileError(f"{self._container.path}: '{owner}' is damaged: {reason}")
 
@@ -284,7 +271,13 @@ class PackedFile:
         if isinstance(self._sharding, jax.sharding.Sharding):
             return dict.fromkeys(self._specs, self._sharding)
         found = tree.leaves_by_path(self._sharding)
-        in_structure_of(self._sharding, dict.fromkeys(self._specs))
+        different = sorted(set(found) ^ set(self._specs))
+        if different:
+            where = "the file" if different[0] in self._specs else "sharding="
+            raise ValueError(
+                f"leaf '{different[0]}' is only in {where}: give load() one sharding, or a tree of "
+                "them with the leaves of the model"
+            )
         return found
 
     def _tree(self, leaves: dict[str, Any]) -> PyTree:
@@ -361,8 +354,3 @@ def _decode_onto(quantizer: Any, spec: LeafSpec, sharding: Any) -> Any:
     """Decodes where the parts of the weight are to be: no device holds more than its own."""
     decode = functools.partial(decode_streams, quantizer, spec=spec)
     return jax.jit(decode, out_shardings=sharding)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _largest(quantizer: Any, streams: Any, spec: LeafSpec, field: str) -> Array:
-    return jnp.max(unpack_fields(quantizer, streams, spec)[field])

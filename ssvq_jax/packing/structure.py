@@ -60,13 +60,16 @@ def rebuild(structure: Structure, leaves: Mapping[str, Any]) -> PyTree:
         >>> rebuild({"dict": [["kernel", 0]]}, {"kernel": 1.5})
         {'kernel': 1.5}
     """
-    if structure == NESTED:
-        return _nest(leaves)
-    used: list[int] = []
-    tree = _rebuild(structure, list(leaves.values()), used, 0)
-    if sorted(used) != list(range(len(leaves))):
-        raise ValueError(f"the structure of the tree has not the {len(leaves)} leaves of the plan")
-    return tree
+    paths = {path: path for path in leaves}
+    if structure != NESTED:
+        tree = _rebuild(structure, list(paths), 0)
+    elif any(path.count("/") > _MOST_DEPTH for path in paths):
+        raise ValueError(f"the tree is nested deeper than {_MOST_DEPTH}")
+    else:
+        tree = _nest(paths)
+    if leaves_by_path(tree) != paths:
+        raise ValueError("the structure of the tree has other leaves than the plan")
+    return jax.tree.map(leaves.__getitem__, tree)
 
 
 def in_structure_of(like: PyTree, leaves: Mapping[str, Any]) -> PyTree:
@@ -109,22 +112,21 @@ def _describe(node: Any) -> Structure:
     raise _UnknownNodeError(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _rebuild(structure: Any, leaves: list[Any], used: list[int], depth: int) -> Any:
+def _rebuild(structure: Any, leaves: list[str], depth: int) -> Any:
     if depth > _MOST_DEPTH:
         raise ValueError(f"the tree is nested deeper than {_MOST_DEPTH}")
     if structure is None:
         return None
     if type(structure) is int and 0 <= structure < len(leaves):
-        used.append(structure)
         return leaves[structure]
     match structure:
         case {"dict": [*items], **rest} if not rest:
             pairs = [item for item in items if isinstance(item, list) and len(item) == 2]
             keys = [key for key, _ in pairs if type(key) in (str, int)]
             if len(keys) == len(items) == len(set(keys)):
-                return {key: _rebuild(sub, leaves, used, depth + 1) for key, sub in pairs}
+                return {key: _rebuild(sub, leaves, depth + 1) for key, sub in pairs}
         case {"list": [*items], **rest} if not rest:
-            return [_rebuild(item, leaves, used, depth + 1) for item in items]
+            return [_rebuild(item, leaves, depth + 1) for item in items]
         case {"tuple": [*items], **rest} if not rest:
-            return tuple(_rebuild(item, leaves, used, depth + 1) for item in items)
+            return tuple(_rebuild(item, leaves, depth + 1) for item in items)
     raise ValueError(f"the structure of the tree has a part {str(structure)[:60]}")

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ssvq_jax import tree
@@ -16,7 +17,7 @@ from ssvq_jax.packing.header import Header, header_to_text
 from ssvq_jax.packing.segments import STATE, make_layout
 from ssvq_jax.packing.structure import describe
 from ssvq_jax.plan import Packed
-from ssvq_jax.quantizers.streams import unpack_fields
+from ssvq_jax.quantizers.streams import check_streams, unpack_fields
 from ssvq_jax.tree import LeafSpec, PyTree
 
 Codec = Literal["plain", "entropy"]
@@ -64,6 +65,9 @@ def save(
     """
     if codec not in get_args(Codec):
         raise ValueError(f"codec={codec!r}: choose one of {get_args(Codec)}")
+    for told in (model, metrics):
+        if not isinstance(told, Mapping | None):
+            raise ValueError(f"model and metrics must be mappings to JSON values, not {told!r}")
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file in it, e.g. {path}/model.safetensors")
@@ -73,6 +77,10 @@ def save(
     coded: dict[str, dict[str, int]] = {}
     for entry in plan.entries:
         contents[entry.name] = dict(packed.streams[entry.name])
+        try:
+            check_streams(entry.quantizer, contents[entry.name], entry.nameless)
+        except ValueError as error:
+            raise ValueError(f"'{entry.name}' cannot be saved: {error}") from None
         if codec == "entropy":
             found = _coded(entry, contents[entry.name])
             contents[entry.name] |= found
@@ -80,8 +88,9 @@ def save(
                 coded[entry.name] = {field: part.size for field, part in found.items()}
     stored = {name: leaf.dtype.name for name, leaf in dense.items()}
     others = {STATE + name: np.asarray(x) for name, x in tree.leaves_by_path(state).items()}
-    if not others.keys().isdisjoint(leaf.path for leaf in plan.leaves):
-        raise ValueError(f"leaf paths that begin with '{STATE}' are taken: rename {set(others)}")
+    taken = others.keys() & ({leaf.path for leaf in plan.leaves} | set(contents))
+    if taken:
+        raise ValueError(f"names that begin with '{STATE}' are the state's: rename {taken}")
     specs = [LeafSpec(name.removeprefix(STATE), x.shape, x.dtype) for name, x in others.items()]
     layout = make_layout(plan, stored, coded, specs)
     whole = dense | others
@@ -116,11 +125,14 @@ def save(
     )
     try:
         text = header_to_text(header)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"model and metrics must be JSON values: {error}") from None
     tensors = {name: np.concatenate(found) for name, found in parts.items()}
     texts = {HEADER: text, CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}
-    replace_file(path, lambda new: save_file(tensors, new, metadata=texts))
+    try:
+        replace_file(path, lambda new: save_file(tensors, new, metadata=texts))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def start_checksum(owner: str) -> int:

@@ -22,6 +22,7 @@ from ssvq_jax.bitstream import bytes_of
 from ssvq_jax.tree import LeafSpec
 
 Fields = Mapping[str, Any]
+MOST_AXES = 32  # of a weight
 
 
 class Encoded(NamedTuple):
@@ -288,6 +289,12 @@ def check_channel_axis(axis: int, spec: LeafSpec) -> None:
             f"leaf '{spec.path}' of shape {spec.shape} has no channel_axis {axis}: choose another, "
             "or keep the leaf dense"
         )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError, naming the value, unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: it must be True or False")
 
 
 def check_integer(name: str, value: Any, *, least: int, most: int | None = None) -> None:

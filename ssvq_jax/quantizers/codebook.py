@@ -12,12 +12,14 @@ from ssvq_jax.bitstream import number_dtype
 from ssvq_jax.blocks import BlockLayout, block_layout
 from ssvq_jax.clustering import assign, kmeans
 from ssvq_jax.quantizers.base import (
+    MOST_AXES,
     Calibration,
     Fields,
     Quantizer,
     Storage,
     Stream,
     check_channel_axis,
+    check_flag,
     check_integer,
     round_scale,
     straight_through,
@@ -60,6 +62,10 @@ class CodebookQuantizer(Quantizer):
         check_integer("codewords", self.codewords, least=2, most=2**31)
         check_integer("dim", self.dim, least=1)
         check_integer("iterations", self.iterations, least=1)
+        for name in ("axis", "channel_axis"):
+            check_integer(name, getattr(self, name), least=-MOST_AXES, most=MOST_AXES)
+        for name in ("pad", "channel_scale"):
+            check_flag(name, getattr(self, name))
         if self.codebook_dtype not in get_args(CodebookDtype):
             raise ValueError(
                 f"codebook_dtype={self.codebook_dtype!r}: choose one of {get_args(CodebookDtype)}"

@@ -7,7 +7,15 @@ from typing import ClassVar, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ssvq_jax.quantizers.base import Calibration, Encoded, Fields, Storage, Stream, straight_through
+from ssvq_jax.quantizers.base import (
+    Calibration,
+    Encoded,
+    Fields,
+    Storage,
+    Stream,
+    check_flag,
+    straight_through,
+)
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.tree import LeafSpec
 
@@ -54,7 +62,8 @@ class SignSplit(CodebookQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha < float("inf"):
+        check_flag("learn_signs", self.learn_signs)
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha={self.alpha}: the latents' scale must be positive and finite")
         if self.latent_dtype not in (None, *get_args(LatentDtype)):
             raise ValueError(

@@ -1,17 +1,20 @@
 """What a method stores, as it lies in memory and in a file: bits side by side, floats as is."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
 from ssvq_jax.bitstream import pack_bits, unpack_bits
 from ssvq_jax.quantizers.base import Fields, Quantizer, Stream
 from ssvq_jax.tree import LeafSpec
+
+_LARGEST = float(np.finfo(np.float32).max) / 2**9  # levels are whole numbers up to 2^8
 
 
 def pack_fields(quantizer: Quantizer, fields: Fields, spec: LeafSpec) -> dict[str, np.ndarray]:
@@ -55,6 +58,43 @@ def unpack_fields(
             field = field.reshape(*lead, *stream.shape)
         fields[stream.field] = field
     return fields
+
+
+def check_streams(quantizer: Quantizer, streams: Mapping[str, np.ndarray], spec: LeafSpec) -> None:
+    """Refuses numbers that do not exist and floats that decode to no number.
+
+    Args:
+        quantizer: the method.
+        streams: what `pack_fields` gave.
+        spec: description of the leaf, without a path.
+
+    Raises:
+        ValueError: saying which field holds what.
+    """
+    largest = 1.0
+    for stream in quantizer.storage(spec).streams:
+        field = streams[stream.field]
+        if stream.values is None:
+            with np.errstate(invalid="ignore"):  # of NaNs that signal
+                peak = float(np.max(np.abs(field.astype(np.float64))))
+            if not math.isfinite(peak):
+                raise ValueError(f"its {stream.field} is not finite")
+            largest *= max(peak, 1.0)
+        elif stream.values < 2**stream.width:  # else all numbers of so many bits exist
+            peak = int(_largest(quantizer, streams, spec, stream.field))
+            if peak >= stream.values:
+                raise ValueError(
+                    f"its {stream.field} go up to {peak}, and there are {stream.values}"
+                )
+    if largest > _LARGEST:
+        raise ValueError("its weights are larger than a float32 can be")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _largest(
+    quantizer: Quantizer, streams: Mapping[str, Any], spec: LeafSpec, field: str
+) -> UInt[Array, ""]:
+    return jnp.max(unpack_fields(quantizer, streams, spec)[field])
 
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "spec"))

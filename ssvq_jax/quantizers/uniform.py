@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
 from ssvq_jax.quantizers.base import (
+    MOST_AXES,
     Calibration,
     Encoded,
     Fields,
@@ -17,6 +18,7 @@ from ssvq_jax.quantizers.base import (
     Storage,
     Stream,
     check_channel_axis,
+    check_flag,
     check_integer,
     round_scale,
     straight_through,
@@ -57,6 +59,8 @@ class Uniform(Quantizer):
 
     def __post_init__(self) -> None:
         check_integer("bits", self.bits, least=2, most=8)
+        check_flag("per_channel", self.per_channel)
+        check_integer("channel_axis", self.channel_axis, least=-MOST_AXES, most=MOST_AXES)
 
     @property
     def settings(self) -> str:
