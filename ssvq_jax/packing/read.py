@@ -1,30 +1,23 @@
-"""Reading a packed model from a file: leaf by leaf, every byte checked before it counts."""
+"""Loading a packed model: the tree it was, leaf by leaf, on the devices it is wanted on."""
 
 import dataclasses
 import functools
-import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from ssvq_jax import tree
 from ssvq_jax.bits import BitsTable
-from ssvq_jax.bitstream import pack_bits
 from ssvq_jax.entries import Entry, SharedEntry
-from ssvq_jax.packing import entropy
-from ssvq_jax.packing.container import Container
 from ssvq_jax.packing.errors import PackedFileError
-from ssvq_jax.packing.header import Header, header_from_text
-from ssvq_jax.packing.segments import STATE, Segment, make_layout
+from ssvq_jax.packing.stored import Stored
 from ssvq_jax.packing.structure import Structure, in_structure_of, rebuild
-from ssvq_jax.packing.write import CHECKSUM, HEADER, start_checksum
 from ssvq_jax.plan import Packed, Plan
-from ssvq_jax.quantizers.streams import check_streams, decode_streams, stream_shape
+from ssvq_jax.quantizers.streams import decode_streams
 from ssvq_jax.tree import LeafSpec, PyTree
 
 
@@ -35,6 +28,7 @@ class PackedFile:
     is checked first: checksums, codes within their codebooks, scales finite.
 
     Attributes:
+        path: the file.
         plan: what is compressed how.
         model: what the model is, as it was given to `save`.
         metrics: figures that were measured with it, as they were given to `save`.
@@ -43,27 +37,24 @@ class PackedFile:
     """
 
     def __init__(self, path: Path, like: PyTree, sharding: Any) -> None:
-        self._container = Container(path)
-        try:
-            self._header = _open_header(self._container)
-            header = self._header
-            self._layout = make_layout(header.plan, header.stored, header.coded, header.state)
-            self._starts = self._container.check(self._layout)
-            if like is not None:  # refused before anything is read
-                in_structure_of(like, {leaf.path: leaf for leaf in header.plan.leaves})
-        except BaseException:
-            self._container.close()
-            raise
-        self.plan: Plan = self._header.plan
-        self.model = dict(self._header.model)
-        self.metrics = dict(self._header.metrics)
-        self.file_bytes = self._container.file_bytes
-        self.header_bytes = self._container.header_bytes
+        self._stored = Stored(path)
+        container, header = self._stored.container, self._stored.header
+        self.plan: Plan = header.plan
+        self._specs = {leaf.path: leaf for leaf in self.plan.leaves}
+        if like is not None:  # refused before anything is read
+            try:
+                in_structure_of(like, self._specs)
+            except ValueError:
+                self.close()
+                raise
+        self.path = path
+        self.model = dict(header.model)
+        self.metrics = dict(header.metrics)
+        self.file_bytes = container.file_bytes
+        self.header_bytes = container.header_bytes
         self._like = like
         self._sharding = sharding
-        self._entries = {entry.name: entry for entry in self.plan.entries}
         self._owners = {x.path: entry for entry in self.plan.entries for x in entry.leaves}
-        self._specs = {leaf.path: leaf for leaf in self.plan.leaves}
 
     def __enter__(self) -> "PackedFile":
         return self
@@ -77,11 +68,11 @@ class PackedFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"PackedFile({str(self._container.path)!r}, {self.file_bytes:,} bytes)"
+        return f"PackedFile({str(self.path)!r}, {self.file_bytes:,} bytes)"
 
     def close(self) -> None:
         """Closes the file."""
-        self._container.close()
+        self._stored.container.close()
 
     def decode(self) -> PyTree:
         """Decodes the parameter tree, one leaf after the other.
@@ -110,7 +101,7 @@ class PackedFile:
         """
         if path not in self._specs:
             some = ", ".join(list(self._specs)[:5])
-            raise ValueError(f"{self._container.path} has no leaf '{path}'; it has {some}, ...")
+            raise ValueError(f"{self.path} has no leaf '{path}'; it has {some}, ...")
         entry, shardings = self._owners.get(path), self._shardings()
         if entry is None:
             return _put({path: self._cast(path)}, shardings)[path]
@@ -123,7 +114,7 @@ class PackedFile:
             PackedFileError: naming the leaf that is damaged.
             ValueError: if the structure can only be given back with ``like=``.
         """
-        streams = {name: self.streams(name) for name in self._entries}
+        streams = {entry.name: self.streams(entry.name) for entry in self.plan.entries}
         leaves = {path: None if path in self._owners else self.dense(path) for path in self._specs}
         return Packed(self.plan, self._tree(leaves), streams)
 
@@ -133,20 +124,7 @@ class PackedFile:
         Raises:
             PackedFileError: if it is damaged.
         """
-        entry = self._entries[name]
-        streams = {}
-        for segment, content in self._contents(name):
-            stream = segment.stream
-            assert stream is not None  # of an entry, as the layout has it
-            if stream.field in self._header.coded.get(name, {}):
-                content = self._uncode(segment, content)
-            array = np.frombuffer(content, np.uint8 if stream.values else jnp.dtype(stream.dtype))
-            streams[stream.field] = array.reshape(stream_shape(stream, entry.spec))
-        try:
-            check_streams(entry.quantizer, streams, entry.nameless)
-        except ValueError as error:
-            raise self._damaged(name, str(error)) from None
-        return streams
+        return self._stored.streams(name)
 
     def dense(self, path: str) -> np.ndarray:
         """Reads a dense leaf in the dtype that it is stored in.
@@ -154,7 +132,7 @@ class PackedFile:
         Raises:
             PackedFileError: if it is damaged.
         """
-        return self._whole(path, self._specs[path])
+        return self._stored.dense(self._specs[path])
 
     def state(self) -> PyTree:
         """Reads the model's other collections, as they were given to `save`; None without any.
@@ -162,8 +140,7 @@ class PackedFile:
         Raises:
             PackedFileError: if they are damaged.
         """
-        leaves = {leaf.path: self._whole(STATE + leaf.path, leaf) for leaf in self._header.state}
-        return self._rebuild(self._header.state_structure, leaves)
+        return self._rebuild(self._stored.header.state_structure, self._stored.state())
 
     def verify(self) -> None:
         """Reads everything and keeps nothing.
@@ -171,18 +148,14 @@ class PackedFile:
         Raises:
             PackedFileError: naming the first leaf that is damaged.
         """
-        for owner in self._layout.segments:
-            if owner in self._entries:
-                self.streams(owner)
-            else:
-                self._contents(owner)
+        self._stored.verify()
 
     def bits(self) -> BitsTable:
         """Counts the bits that the file holds of every leaf, the header aside."""
         rows = []
         for row in self.plan.bits().rows:
             bits: dict[str, int] = {}
-            for segment in self._layout.segments[row.name]:
+            for segment in self._stored.layout.segments[row.name]:
                 field = segment.dtype if segment.stream is None else segment.stream.field
                 bits[field] = 8 * segment.size
             rows.append(dataclasses.replace(row, bits=bits))
@@ -190,7 +163,7 @@ class PackedFile:
 
     def plain_bytes(self) -> int:
         """Bytes that the weights would take without entropy coding, the header aside."""
-        coded = self._header.coded
+        coded = self._stored.header.coded
         return self.bits().stored_bytes + sum(
             stream.bytes - coded[entry.name][stream.field]
             for entry in self.plan.entries
@@ -211,44 +184,13 @@ class PackedFile:
         for path, leaf in tree.leaves_by_path(params).items():
             if tuple(leaf.shape) != self._specs[path].shape:
                 raise ValueError(
-                    f"{self._container.path}: leaf '{path}' is {list(self._specs[path].shape)} "
+                    f"{self.path}: leaf '{path}' is {list(self._specs[path].shape)} "
                     f"there and {list(leaf.shape)} in the model"
                 )
 
     def coded(self, name: str) -> dict[str, int]:
         """Bytes of the entropy-coded fields of an entry."""
-        return dict(self._header.coded.get(name, {}))
-
-    def _whole(self, owner: str, leaf: LeafSpec) -> np.ndarray:
-        ((segment, content),) = self._contents(owner)
-        return np.frombuffer(content, jnp.dtype(segment.dtype)).reshape(leaf.shape)
-
-    def _contents(self, owner: str) -> list[tuple[Segment, bytes]]:
-        """Bytes of all segments of an owner, checked."""
-        sums = start_checksum(owner)
-        contents = []
-        for segment in self._layout.segments[owner]:
-            start = self._starts[segment.tensor] + segment.start
-            what = f"tensor '{segment.tensor}' of '{owner}'"
-            contents.append((segment, self._container.read(start, segment.size, what)))
-            sums = zlib.crc32(contents[-1][1], sums)
-        if sums != self._header.checksums[owner]:
-            tensors = " or ".join(f"'{segment.tensor}'" for segment, _ in contents)
-            raise self._damaged(owner, f"its checksum does not fit tensor {tensors}")
-        return contents
-
-    def _uncode(self, segment: Segment, content: bytes) -> bytes:
-        stream = segment.stream
-        assert stream is not None  # coded fields are checked with the header
-        assert stream.values is not None
-        try:
-            numbers = entropy.decode(content, stream.values, stream.count)
-        except ValueError as error:
-            raise self._damaged(segment.owner, f"its {stream.field}: {error}") from error
-        return pack_bits(numbers.reshape(stream.slices, -1), stream.width).tobytes()
-
-    def _damaged(self, owner: str, reason: str) -> PackedFileError:
-        return PackedFileError(f"{self._container.path}: '{owner}' is damaged: {reason}")
+        return dict(self._stored.header.coded.get(name, {}))
 
     def _cast(self, path: str) -> np.ndarray:
         """A dense leaf in its own dtype."""
@@ -283,18 +225,18 @@ class PackedFile:
     def _tree(self, leaves: dict[str, Any]) -> PyTree:
         if self._like is not None:
             return in_structure_of(self._like, leaves)
-        return self._rebuild(self._header.structure, leaves)
+        return self._rebuild(self._stored.header.structure, leaves)
 
     def _rebuild(self, structure: Structure, leaves: dict[str, Any]) -> PyTree:
         if isinstance(structure, dict) and "other" in structure:
             raise ValueError(
-                f"{self._container.path}: the tree has nodes of type {structure['other']}: give "
+                f"{self.path}: the tree has nodes of type {structure['other']}: give "
                 "load(..., like=params), a tree of arrays or shapes of this model"
             )
         try:
             return rebuild(structure, leaves)
         except (ValueError, TypeError) as error:
-            raise PackedFileError(f"{self._container.path}: {error}") from error
+            raise PackedFileError(f"{self.path}: {error}") from error
 
 
 def load(path: str | Path, *, like: PyTree = None, sharding: Any = None) -> PackedFile:
@@ -322,31 +264,6 @@ def _put(leaves: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Array]:
     """Places leaves by leaf path."""
     where = {path: shardings[path] for path in leaves} if shardings else None
     return jax.device_put(leaves, where)
-
-
-def is_packed(path: str | Path) -> bool:
-    """Whether a file says of itself that it is a packed model; it may be damaged all the same."""
-    try:
-        container = Container(Path(path))
-    except (PackedFileError, OSError):
-        return False
-    container.close()
-    return HEADER in container.metadata
-
-
-def _open_header(container: Container) -> Header:
-    text = container.metadata.get(HEADER)
-    if text is None:
-        raise PackedFileError(
-            f"{container.path} is a safetensors file, but holds no packed model: plain weights "
-            "can be compressed with `ssvq compress --weights`"
-        )
-    if f"{zlib.crc32(text.encode()):08x}" != container.metadata.get(CHECKSUM):
-        raise PackedFileError(f"{container.path}: the header is damaged: its checksum differs")
-    try:
-        return header_from_text(text)
-    except PackedFileError as error:
-        raise PackedFileError(f"{container.path}: {error}") from error
 
 
 @functools.lru_cache(maxsize=256)

@@ -356,13 +356,13 @@ def test_the_damaged_leaf_is_named_with_its_tensor_and_the_others_load(packed, f
 
 def test_a_leaf_reads_its_own_bytes_alone(file, monkeypatch):
     with load(file) as opened:
-        read, asked = opened._container.read, []
+        read, asked = opened._stored.container.read, []
 
         def counted(start, size, what):
             asked.append(size)
             return read(start, size, what)
 
-        monkeypatch.setattr(opened._container, "read", counted)
+        monkeypatch.setattr(opened._stored.container, "read", counted)
         opened.leaf("head")
         assert sorted(asked) == [2 * 16, 8 * 16 * 3 // 8]  # steps, levels
         asked.clear()

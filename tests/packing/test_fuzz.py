@@ -103,7 +103,7 @@ def files(tmp_path_factory):
         )  # fmt: skip
         files[name] = (folder / name).read_bytes()
         with load(folder / name) as opened:
-            assert bool(opened._header.coded) == (codec == "entropy")
+            assert bool(opened._stored.header.coded) == (codec == "entropy")
     return files
 
 
