@@ -5,7 +5,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from ssvq_jax.cli.options import BatchOptions, FolderOptions, ModelOptions, to_json
+from ssvq_jax.cli.options import (
+    BatchOptions,
+    FolderOptions,
+    ModelOptions,
+    check_apart,
+    to_json,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +30,10 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
         """Compresses, and writes everything."""
         from ssvq_jax.cli.weights import run_config
         from ssvq_jax.models import SAFETENSORS
+        from ssvq_jax.packing import is_packed
 
         run = run_config(self.weights)
-        if run == {}:
+        if self.weights is not None and is_packed(self.weights) and not (run or {}).get("model"):
             raise ValueError(f"{self.weights} is packed already: use `ssvq pack` to change how")
         plain = self.weights is not None and self.weights.suffix == SAFETENSORS
         if plain and self.model is None and run is None:
@@ -103,10 +110,10 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
 
         if self.weights is None:
             raise ValueError("no weights: give --weights with a .safetensors file")
-        for name in ("data", "classes", "image_size", "batch_norm_batches", "scan"):
-            if getattr(self, name) is not None:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is for a model: give --model too, or leave it out")
+        used = {"weights", "recipe", "out", "resume", "seed"}
+        self.check_unused(used, "is for a model: give --model too")
+        self.check_seed()
+        check_apart(self.out, self.weights)
         tensors = load_tensors(self.weights)
         params = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         state = {name: x for name, x in tensors.items() if name not in params}

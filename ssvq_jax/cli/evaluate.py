@@ -19,8 +19,8 @@ class EvalCommand(BatchOptions, ModelOptions):
 
     eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
     """Split to evaluate on."""
-    which: Which = "last"
-    """The run's last state, or the one with the least validation loss."""
+    which: Which | None = None
+    """Of a run: its last state (the default), or the one with the least validation loss."""
     out: Path | None = None
     """Folder for the results; by default that of the run."""
 
@@ -29,7 +29,7 @@ class EvalCommand(BatchOptions, ModelOptions):
         import json
 
         from ssvq_jax.atomic import replace_text
-        from ssvq_jax.cli.packed import file_size
+        from ssvq_jax.cli.packed import PACKED, file_size
         from ssvq_jax.cli.session import judged_state, sizes
         from ssvq_jax.cli.setup import make_task, set_up
         from ssvq_jax.cli.weights import run_config
@@ -43,7 +43,11 @@ class EvalCommand(BatchOptions, ModelOptions):
             raise ValueError(f"out={self.out} is a file: give a folder")
         run = run_config(self.weights) or {}
         # Batch statistics are those of the run's training images, as it saw them.
-        setup = set_up(self, augment=run.get("augment", "none"), which=self.which)
+        is_run = self.weights is not None and self.weights.is_dir() and bool(run)
+        if self.which is not None and not is_run:
+            raise ValueError(f"which={self.which} is for the folder of a run: leave it out")
+        which = self.which or "last"
+        setup = set_up(self, augment=run.get("augment", "none"), which=which)
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights
         layout = local_layout(self.devices)
         task = make_task(model, images, setup.batch_size, devices=layout.devices)
@@ -53,8 +57,9 @@ class EvalCommand(BatchOptions, ModelOptions):
             params = plan.finalize(weights.variables).decode()
         state = judged_state(setup, task, params, layout)
         size = {}
-        if self.weights is not None and is_packed(self.weights):
-            size = file_size(self.weights, plan.bits().model.weights)
+        file = self.weights / PACKED if is_run and self.weights is not None else self.weights
+        if which == "last" and file is not None and is_packed(file):
+            size = file_size(file, plan.bits().model.weights)
         found = make_evaluate(task.forward, layout)(params, state, task.eval_batches())
         results = {
             "split": images.held_out,
@@ -67,12 +72,13 @@ class EvalCommand(BatchOptions, ModelOptions):
             **size,
             "after": found._asdict(),
         }
-        print_outcome(f"{self.which} state, split {images.held_out}", results)
-        is_run = self.weights is not None and self.weights.is_dir() and bool(run)
+        print_outcome(
+            f"{f'{which} state' if is_run else 'weights'}, split {images.held_out}", results
+        )
         folder = self.out or (self.weights if is_run else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             safe = "".join(c if c.isalnum() else "_" for c in images.held_out)
-            file = folder / f"eval-{safe}-{self.which}.json"
+            file = folder / f"eval-{safe}-{which}.json"
             replace_text(file, json.dumps(results, indent=1) + "\n")
             print(f"results are in {file}")

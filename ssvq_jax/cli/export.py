@@ -34,8 +34,10 @@ class ExportCommand:
     """For a program: channels of the images, if the model does not say; 3 by default."""
     batch_size: int | None = None
     """For a program: images a call; by default any number."""
-    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
-    """For a program: what it is to run on."""
+    classes: int | None = None
+    """For a program: number of classes, if the file does not say."""
+    platforms: tuple[str, ...] | None = None
+    """For a program: what it is to run on; by default cpu, cuda and tpu."""
 
     def run(self) -> None:
         """Exports."""
@@ -46,9 +48,10 @@ class ExportCommand:
             raise ValueError(f"out={self.out} is the packed file: give another")
         if self.out.is_dir():
             raise ValueError(f"out={self.out} is a folder: give a file")
-        for name in ("model", "image_size", "channels", "batch_size"):
+        for name in ("model", "image_size", "channels", "batch_size", "classes", "platforms"):
             if self.to != "stablehlo" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: plain weights need none; leave it out")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         with load(self.file) as file:
             if self.to == "stablehlo":
                 program = self._program(file)
@@ -70,28 +73,36 @@ class ExportCommand:
         name = self.model or told.get("model")
         if name is None:
             raise ValueError(f"{self.file} does not say of which model it is: give --model")
-        classes, scan = told.get("classes"), bool(told.get("scan"))
-        model = load_model(name, classes=classes, scan=scan)
-        size = self.image_size or told.get("image_size") or model.image_size
-        if size is None or size < 1:
-            raise ValueError(f"images of size {size}: give the --image-size of model '{name}'")
-        channels = self.channels or model.channels or 3
+        classes = self.classes or told.get("outputs") or told.get("classes")
+        model = load_model(name, classes=classes, scan=bool(told.get("scan")))
+        height, width, channels = told.get("image_shape") or (
+            *(model.image_size, model.image_size),
+            model.channels or 3,
+        )
+        if self.image_size is not None:
+            height = width = self.image_size
+        channels = self.channels or channels
+        if height is None or width is None or height < 1 or channels < 1:
+            raise ValueError(
+                f"images {height} x {width} x {channels}: give the --image-size and --channels of "
+                f"model '{name}'"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: give at least 1")
-        shapes = model.shapes((size, size, channels))
+        shapes = model.shapes((height, width, channels))
         file.check_fits(shapes["params"])
         state = jax.tree.map(jnp.asarray, file.state() or {})
         forward = linen_forward(model.module)
         batch: Any = self.batch_size
         if batch is None:
             (batch,) = export.symbolic_shape("batch")
-        images = jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
+        images = jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32)
         try:
             return export_program(
                 lambda params, images: forward(params, state, images, None)[0],
                 file.read(),
                 images,
-                platforms=self.platforms,
+                platforms=self.platforms or ("cpu", "cuda", "tpu"),
             )
         except Exception as error:
             if self.batch_size is not None:
@@ -113,10 +124,12 @@ def _write_weights(file: "PackedFile", out: Path, kind: Kind) -> None:
     from ssvq_jax.atomic import replace_file
     from ssvq_jax.tree import leaves_by_path
 
-    named = {leaf.path: np.asarray(file.leaf(leaf.path)) for leaf in file.plan.leaves}
+    named = {path: np.asarray(leaf) for path, leaf in file.leaves()}
     state = {name: np.asarray(leaf) for name, leaf in leaves_by_path(file.state()).items()}
     if state and file.model:  # as the model's variables
         named = {f"params/{name}": leaf for name, leaf in named.items()}
+    if named.keys() & state.keys():
+        raise ValueError(f"parameters and state both have {sorted(named.keys() & state.keys())}")
     named |= state
     if kind == "safetensors":
         replace_file(out, lambda new: save_file(named, new))

@@ -1,6 +1,7 @@
 """``ssvq inspect``: what a packed file holds."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,8 @@ class InspectCommand:
     file: tyro.conf.Positional[Path]
     """Packed .safetensors file."""
     reference: Annotated[Path | None, tyro.conf.arg(metavar="WEIGHTS")] = None
-    """Float weights to compare with: a .safetensors or msgpack file or an orbax checkpoint."""
+    """Float weights to compare with: the folder of a run, a .safetensors or msgpack file, or an
+    orbax checkpoint."""
     out: Path | None = None
     """Write everything as JSON to this file."""
 
@@ -33,6 +35,11 @@ class InspectCommand:
         from ssvq_jax.packing import load
         from ssvq_jax.report import print_inspection
 
+        if self.out is not None and self.out.is_dir():
+            raise ValueError(f"out={self.out} is a folder: give a file")
+        for given in (self.file, self.reference):
+            if self.out is not None and given is not None and self.out.resolve() == given.resolve():
+                raise ValueError(f"out={self.out} holds weights: give another file")
         with load(self.file) as file:
             file.verify()
             errors = _errors(file, self.reference) if self.reference is not None else {}
@@ -51,16 +58,21 @@ class InspectCommand:
                         **dataclasses.asdict(row),
                         "bits_per_weight": row.bits_per_weight,
                         "coded": file.coded(row.name),
-                        "error": errors.get(row.name),
+                        "error": _finite(errors.get(row.name)),
                     }
                     for row in bits.rows
                 ],
             }
-            print_inspection(found, bits)
+            print_inspection(found, bits, errors)
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self.out, json.dumps(found, indent=1) + "\n")
             print(f"written to {self.out}")
+
+
+def _finite(error: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return error if error is not None and math.isfinite(error) else None
 
 
 def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
@@ -68,18 +80,22 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
     import numpy as np
 
     from ssvq_jax.analysis import weight_error
+    from ssvq_jax.cli.packed import PACKED
     from ssvq_jax.models import SAFETENSORS, load_tensors, load_weights
     from ssvq_jax.packing import is_packed, load
     from ssvq_jax.tree import leaves_by_path
 
+    if reference.is_dir() and (reference / PACKED).exists():
+        reference = reference / PACKED  # the folder of a run
     if is_packed(reference):
         with load(reference) as other:
-            weights = leaves_by_path(other.decode())
+            weights = dict(other.leaves())
     else:
         # Under their names as they are, or as a model's parameters.
         weights = load_tensors(reference) if reference.suffix == SAFETENSORS else {}
         if not {leaf.path for leaf in file.plan.leaves} <= set(weights):
             weights = leaves_by_path(load_weights(reference)["params"])
+    decoded = dict(file.leaves())
 
     def both(path: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
         if path not in weights or np.shape(weights[path]) != shape:
@@ -87,8 +103,8 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
                 f"reference {reference} has no leaf '{path}' of shape {list(shape)}: give the "
                 "float weights of this model"
             )
-        pair = weights[path], file.leaf(path)
-        first, second = (np.asarray(x).astype(np.float32).reshape(-1) for x in pair)
+        pair = weights[path], decoded[path]
+        first, second = (np.asarray(x).astype(np.float64).reshape(-1) for x in pair)
         return first, second
 
     rows = {entry.name: entry.leaves for entry in file.plan.entries}
@@ -98,6 +114,9 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
     errors = {}
     for name, leaves in rows.items():
         pairs = [both(leaf.path, leaf.shape) for leaf in leaves]
-        found = weight_error(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
-        errors[name] = found.relative if found.relative is not None else 0.0
+        weight, ours = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        error = weight_error(weight, ours).relative
+        if error is None:  # the reference is zero: so is a right leaf
+            error = 0.0 if not np.any(ours) else float("inf")
+        errors[name] = error
     return errors

@@ -1,7 +1,7 @@
 """Options that several commands have."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -73,8 +73,18 @@ class ModelOptions:
                 "no model: give --model NAME, --model module:function, or --weights with the "
                 "folder of a run that has one"
             )
+        self.check_seed()
+
+    def check_seed(self) -> None:
+        """Raises ValueError for a seed out of range."""
         if not 0 <= (self.seed or 0) < 2**31:
             raise ValueError(f"seed={self.seed}: give 0 to 2**31 - 1")
+
+    def check_unused(self, used: Collection[str], why: str) -> None:
+        """Raises ValueError for options other than ``used`` that are given."""
+        for field in dataclasses.fields(self):
+            if field.name not in used and getattr(self, field.name) != field.default:
+                raise ValueError(f"--{field.name.replace('_', '-')} {why}, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +141,14 @@ class TrainingOptions(BatchOptions, FolderOptions):
             raise ValueError(f"validate_every={self.validate_every}: give at least 1")
         if not self.save_seconds >= 0:
             raise ValueError(f"save_seconds={self.save_seconds}: give 0 or more")
+
+
+def check_apart(out: Path, weights: Path | None) -> None:
+    """Raises ValueError if what a run writes could replace the weights that it begins with."""
+    if weights is not None:
+        found = weights.resolve()
+        if out.resolve() in (found, *found.parents):
+            raise ValueError(f"out={out} is where the weights are: give another folder")
 
 
 def to_json(command: Any, name: str, **changes: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class PackCommand(BatchOptions, ModelOptions):
 
     out: Path
     """File to write."""
-    which: Which = "last"
-    """The run's last state, or the one with the least validation loss."""
+    which: Which | None = None
+    """Of a run: its last state (the default), or the one with the least validation loss."""
     dense_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What weights that are not compressed are stored in; by default their own dtype."""
     codec: Literal["plain", "entropy"] = "plain"
@@ -28,26 +28,36 @@ class PackCommand(BatchOptions, ModelOptions):
 
     def run(self) -> None:
         """Packs."""
+        from ssvq_jax.cli.packed import PACKED
         from ssvq_jax.cli.weights import run_config
 
         if self.out.is_dir():
             raise ValueError(f"out={self.out} is a folder: give a file")
         run = run_config(self.weights)
-        if self.weights is not None and self.model is None and run == {}:
-            self._tensors(self.weights)
+        told = run is None or run.get("model") is not None  # a model, or that there is none
+        if self.weights is not None and self.model is None and not told:
+            self._tensors(self.weights / PACKED if self.weights.is_dir() else self.weights)
         else:
             self._model(run or {})
 
-    def _tensors(self, weights: Path) -> None:
-        """Packs what `ssvq compress` made of the tensors of a file."""
-        from ssvq_jax.cli.packed import write_packed
-        from ssvq_jax.packing import load
+    def _tensors(self, file: Path) -> None:
+        """Packs a file of which nothing says what model it is."""
+        from ssvq_jax.cli.packed import file_size
+        from ssvq_jax.packing import load, save
 
-        with load(weights) as file:
-            packed, state = file.read(), file.state()
-        packed = packed.plan.finalize(packed.variables(), dense_dtype=self.dense_dtype)
+        used = {"weights", "out", "dense_dtype", "codec"}
+        self.check_unused(used, f"is for a model, and {file} does not say which: give --model")
+        with load(file) as stored:
+            flat = {leaf.path: leaf for leaf in stored.plan.leaves}
+        with load(file, like=flat) as stored:  # whatever the tree was
+            packed, state = stored.read(), stored.state()
+            told, metrics = stored.model, stored.metrics
+        if self.dense_dtype is not None:
+            packed = packed.plan.finalize(packed.variables(), dense_dtype=self.dense_dtype)
+            metrics = {}  # they were of other weights
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        size = write_packed(self.out, packed, state, {}, {}, self.codec)
+        save(self.out, packed, codec=self.codec, state=state, model=told, metrics=metrics)
+        size = file_size(self.out, packed.plan.bits().model.weights)
         print(
             f"{size['file_bytes']:,} bytes, {size['file_ratio']:.2f}x smaller than float32, "
             f"written to {self.out}"
@@ -63,7 +73,10 @@ class PackCommand(BatchOptions, ModelOptions):
         from ssvq_jax.training.layout import local_layout
         from ssvq_jax.training.step import make_evaluate
 
-        setup = set_up(self, augment=run.get("augment", "none"), which=self.which)
+        if self.which is not None and (self.weights is None or not self.weights.is_dir()):
+            raise ValueError(f"which={self.which} is for the folder of a run: leave it out")
+        augment = run.get("augment", "none")
+        setup = set_up(self, augment=augment, which=self.which or "last")
         weights, layout = setup.weights, local_layout(self.devices)
         task = make_task(setup.model, setup.images, setup.batch_size, devices=layout.devices)
         plan = weights.plan or make_plan(weights.params, [(".*", None)])
@@ -74,7 +87,7 @@ class PackCommand(BatchOptions, ModelOptions):
         found = make_evaluate(task.forward, layout)(params, state, task.eval_batches())
         told = {"split": setup.images.held_out, **found._asdict()}
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        config = setup.config("pack")
+        config = setup.config("pack") | setup.told
         size = write_packed(self.out, packed, state, config, told, self.codec)
         print_outcome("packed", {**sizes(plan), **size, "after": found._asdict()})
         print(f"written to {self.out}")

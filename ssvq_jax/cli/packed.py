@@ -1,5 +1,6 @@
 """Packed files as commands write and open them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ PACKED = "model.safetensors"  # in the folder of a run
 
 # A file goes to other machines, and its batch statistics are those that it was judged with.
 _OF_THE_RUN = frozenset({"data_dir", "batch_norm_batches"})
+_SHAPES = frozenset({"image_shape", "outputs"})
 
 
 def write_packed(
@@ -42,10 +44,13 @@ def write_packed(
     told = {
         name: value
         for name, value in config.items()
-        if name in INHERITED - _OF_THE_RUN and value is not None
+        if name in (INHERITED | _SHAPES) - _OF_THE_RUN and value is not None
     }
-    state = model_state or None
-    save(path, packed, codec=codec, state=state, model=told, metrics=metrics)
+    figures = {  # JSON has no NaN
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+    save(path, packed, codec=codec, state=model_state or None, model=told, metrics=figures)
     return file_size(path, packed.plan.bits().model.weights)
 
 

@@ -117,8 +117,12 @@ def carry_out(
 def pack(setup: Setup[Any], folder: RunFolder, done: "Finetuned") -> dict[str, Any]:
     """Writes what a run came to as a packed file; gives the size of that."""
     told = {"split": setup.images.held_out, **done.after._asdict()}
-    state = done.state.model_state
-    return write_packed(folder.path / PACKED, done.packed, state, folder.config, told)
+    state, config = done.state.model_state, folder.config | setup.told
+    try:
+        return write_packed(folder.path / PACKED, done.packed, state, config, told)
+    except ValueError as error:  # of weights that are no numbers: the run's results say how bad
+        print(f"no packed file: {error}")
+        return {"not_packed": str(error)}
 
 
 def judged_state(setup: Setup[Any], task: "Task", params: Any, layout: "Layout") -> Any:
@@ -151,7 +155,7 @@ def summary(plan: "Plan", done: "Finetuned") -> dict[str, Any]:
 def sizes(plan: "Plan") -> dict[str, Any]:
     """What a plan stores, without the header of a file."""
     bits = plan.bits()
-    figures: dict[str, Any] = {"file_ratio": bits.file_ratio, "stored_bytes": bits.stored_bytes}
+    figures: dict[str, Any] = {"stored_bytes": bits.stored_bytes}
     if plan.entries:
         figures["bits_per_weight"] = bits.main.bits_per_weight
         figures["compression_ratio"] = bits.main.compression_ratio

@@ -1,10 +1,15 @@
 """What commands work on: the model, its weights, its images."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ssvq_jax.cli.options import BatchOptions, FolderOptions, ModelOptions, to_json
+from ssvq_jax.cli.options import (
+    BatchOptions,
+    FolderOptions,
+    ModelOptions,
+    check_apart,
+    to_json,
+)
 from ssvq_jax.cli.weights import Weights, initial_weights, open_weights, run_config
 from ssvq_jax.training.checkpoint import Which
 
@@ -43,12 +48,16 @@ class Setup(Generic[OptionsT]):
         images: the data.
         model: the model.
         weights: where to begin.
+        image_shape: of the images that the model gets, ``(h, w, c)``.
+        outputs: number of the model's logits.
     """
 
     options: OptionsT
     images: Images
     model: "LoadedModel"
     weights: Weights
+    image_shape: tuple[int, int, int]
+    outputs: int
 
     @property
     def seed(self) -> int:
@@ -64,6 +73,11 @@ class Setup(Generic[OptionsT]):
     def batch_norm_batches(self) -> int:
         """Batches over which batch statistics are re-estimated."""
         return getattr(self.options, "batch_norm_batches", None) or 0
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a packed file needs to be exported by itself."""
+        return {"image_shape": list(self.image_shape), "outputs": self.outputs}
 
     def config(self, command: str, **changes: Any) -> dict[str, Any]:
         """What the run was asked for, and what that came to, for its folder."""
@@ -101,8 +115,8 @@ def set_up(
     options.check()
     if isinstance(options, BatchOptions):
         options.check_batches()
-    if isinstance(options, FolderOptions) and _same(options.out, options.weights):
-        raise ValueError(f"out={options.out} is where the weights are: give another folder")
+    if isinstance(options, FolderOptions):
+        check_apart(options.out, options.weights)
     images = open_images(options, open_model(options, None), augment)
     classes = images.source.num_classes(images.train)
     model = open_model(options, classes)
@@ -123,11 +137,7 @@ def set_up(
             f"{options.weights} is compressed already: give float weights, or go on with "
             "`ssvq finetune`"
         )
-    return Setup(options, images, model, weights)
-
-
-def _same(first: Path, second: Path | None) -> bool:
-    return second is not None and first.resolve() == second.resolve()
+    return Setup(options, images, model, weights, shape, outputs)
 
 
 def open_images(options: ModelOptions, model: "LoadedModel", augment: str = "none") -> Images:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
+from ssvq_jax.inference.ordering import after, has_number
 from ssvq_jax.inference.packed_leaf import PackedLeaf
 
 
@@ -101,6 +100,8 @@ def _evaluate(eqn: JaxprEqn, within: Jaxpr, inputs: list[Value]) -> Sequence[Val
 
 def _apply(eqn: JaxprEqn, within: Jaxpr, arrays: Sequence[Any]) -> list[Array]:
     """Computes one equation, as a jaxpr of its own: how to bind a primitive is not JAX's API."""
+    if eqn.primitive.name == "pvary" and _varies(arrays[0], eqn.params["axes"]):
+        return list(arrays)  # in a shard_map, a weight varies with the activation it waits for
     inputs = {
         variable: array
         for variable, array in zip(eqn.invars, arrays, strict=True)
@@ -111,10 +112,17 @@ def _apply(eqn: JaxprEqn, within: Jaxpr, arrays: Sequence[Any]) -> list[Array]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*inputs.values())
 
 
+def _varies(array: Any, axes: Sequence[Any]) -> bool:
+    """Whether an array is another one on every device along mesh axes."""
+    kind = jax.typeof(array)
+    varying = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
+    return set(axes) <= set(varying)
+
+
 def force(values: Sequence[Value]) -> list[Any]:
     """Computes what was put off among values, after the first activation of them."""
     activations = (value.content for value in values if value.moving)
-    after = next(filter(_has_number, activations), None)
+    first = next(filter(has_number, activations), None)
     done: dict[int, Any] = {}
 
     def compute(value: Value) -> Any:
@@ -123,46 +131,13 @@ def force(values: Sequence[Value]) -> list[Any]:
             return late
         if id(late) not in done:
             if isinstance(late, Weight):
-                done[id(late)] = _after(late.leaf, after).decode()
+                done[id(late)] = after(late.leaf, first).decode()
             else:
                 inputs = [compute(x) for x in late.inputs]
                 done[id(late)] = _apply(late.eqn, late.within, inputs)[late.index]
         return done[id(late)]
 
     return [compute(value) for value in values]
-
-
-def _has_number(array: Any) -> bool:
-    if not isinstance(array, Tracer) or array.size == 0:
-        return False
-    return not jnp.issubdtype(array.dtype, jax.dtypes.extended)  # PRNG keys
-
-
-def _after(leaf: PackedLeaf, activation: Any) -> PackedLeaf:
-    """The same bits, which XLA cannot know before the activation."""
-    if activation is None:
-        return leaf
-    corner = lax.slice(activation, (0,) * activation.ndim, (1,) * activation.ndim).reshape(())
-    zero = _zero(lax.stop_gradient(jnp.real(corner)).astype(jnp.float32))
-    streams = {
-        name: stream ^ zero.astype(stream.dtype)
-        if jnp.issubdtype(stream.dtype, jnp.integer)
-        else stream
-        for name, stream in leaf.streams.items()
-    }
-    return dataclasses.replace(leaf, streams=streams)
-
-
-@jax.custom_batching.custom_vmap
-def _zero(number: Float[Array, ""]) -> Bool[Array, ""]:
-    """False whatever the number, NaN included: a word with its lowest bit set is not zero."""
-    return lax.bitcast_convert_type(number, jnp.uint32) | jnp.uint32(1) == jnp.uint32(0)
-
-
-@_zero.def_vmap
-def _zero_of_first(size: int, batched: list[bool], numbers: Float[Array, " n"]) -> Any:
-    # Under vmap any example will do; one zero an example would decode the weights for each.
-    return _zero(numbers[0]), False
 
 
 def _inline(eqn: JaxprEqn, inputs: list[Value]) -> list[Value]:

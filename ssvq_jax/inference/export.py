@@ -49,13 +49,15 @@ def export_program(
         >>> export.deserialize(bytearray(program)).call(x).shape
         (2, 64)
     """
+    platforms = (platforms,) if isinstance(platforms, str) else platforms
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:
         raise ValueError(f"platforms {unknown or 'are missing'}: choose of {PLATFORMS}")
     weights = packed_params(packed)
+    run = serve(apply) if packed.plan.entries else apply
 
     def program(*arguments: Any) -> PyTree:
-        return serve(apply)(weights, *arguments)
+        return run(weights, *arguments)
 
     exported = export.export(jax.jit(program), platforms=tuple(platforms))(*inputs)
     return bytes(exported.serialize())

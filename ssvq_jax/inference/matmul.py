@@ -58,7 +58,7 @@ def matmul(
         The product, in the dtype of x.
 
     Raises:
-        ValueError: naming the leaf, if it is stacked or not a matrix, x does not fit it, or
+        ValueError: naming the leaf, if it is none, stacked or not a matrix, x does not fit it, or
             ``"pallas"`` cannot take it.
 
     Example:
@@ -111,6 +111,8 @@ def refusal(x: Float[Array, "*batch in"], leaf: PackedLeaf) -> str | None:
         )
     if max(spec.size, layout.count * width) >= 2**31:
         return "it has 2^31 signs or bits of codes, or more"
+    if not jax.typeof(x).sharding.mesh.empty:
+        return "x is sharded explicitly, or lies within a jax.shard_map"
     for name, dtype in (("it", spec.dtype), ("x", x.dtype)):
         if dtype not in _KERNEL_DTYPES:
             return f"{name} has dtype {dtype}, none of {_KERNEL_DTYPES}"
@@ -119,6 +121,11 @@ def refusal(x: Float[Array, "*batch in"], leaf: PackedLeaf) -> str | None:
 
 def _check(x: Float[Array, "*batch in"], leaf: PackedLeaf) -> None:
     """Raises ValueError, naming the leaf, unless it is a matrix that x can be multiplied with."""
+    if not isinstance(leaf, PackedLeaf):
+        raise ValueError(
+            f"leaf is a {type(leaf).__name__}, not a PackedLeaf of packed_params(...): use x @ w "
+            "for arrays; within serve, too, weights are arrays"
+        )
     spec = leaf.spec
     if leaf.stacked:
         raise ValueError(
@@ -210,7 +217,8 @@ def _xla_matmul(x: Float[Array, "m in"], leaf: PackedLeaf) -> Float32[Array, "m 
         encoded = leaf.quantizer.unpack(fields, spec)
         return total + _dot(x_tile, leaf.quantizer.decode(*encoded, spec)), None
 
-    start = jnp.zeros((x.shape[0], columns), jnp.float32)
+    # Zeros that lie where the products do, on a mesh and in a shard_map.
+    start = _dot(x[:, :0], jnp.zeros((0, columns), jnp.float32))
     return lax.scan(add, start, (x_tiles, cut))[0]
 
 

@@ -61,7 +61,17 @@ def packed_params(packed: Packed) -> PyTree:
 
     Returns:
         The user's tree: dense leaves as arrays, in the dtypes of the model, and `PackedLeaf` nodes.
-        Leaves that share a codebook refer to the same array.
+        Each leaf that shares a codebook has it.
+
+    Example:
+        >>> from ssvq_jax import Uniform, make_plan
+        >>> params = {"kernel": jnp.ones((8, 8)), "bias": jnp.zeros(8)}
+        >>> plan = make_plan(params, [("kernel", Uniform(bits=4)), ("bias", None)])
+        >>> held = packed_params(plan.finalize(plan.init(jax.random.key(0), params)))
+        >>> {name: stream.nbytes for name, stream in held["kernel"].streams.items()}
+        {'levels': 32, 'step': 16}
+        >>> decode_params(held)["kernel"].shape
+        (8, 8)
     """
     leaves: dict[str, Any] = {}
     for entry in packed.plan.entries:

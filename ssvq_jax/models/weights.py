@@ -66,7 +66,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, AttributeError) as error:  # the last for unknown dtypes
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the last two of dtypes
         raise ValueError(f"{path} cannot be read as a safetensors file ({error})") from error
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,17 +38,17 @@ class PackedFile:
     """
 
     def __init__(self, path: Path, like: PyTree, sharding: Any) -> None:
+        self.path = path
         self._stored = Stored(path)
         container, header = self._stored.container, self._stored.header
         self.plan: Plan = header.plan
         self._specs = {leaf.path: leaf for leaf in self.plan.leaves}
         if like is not None:  # refused before anything is read
             try:
-                in_structure_of(like, self._specs)
+                self.check_fits(like)
             except ValueError:
                 self.close()
                 raise
-        self.path = path
         self.model = dict(header.model)
         self.metrics = dict(header.metrics)
         self.file_bytes = container.file_bytes
@@ -84,16 +85,24 @@ class PackedFile:
             PackedFileError: naming the leaf that is damaged.
             ValueError: if the structure can only be given back with ``like=``.
         """
-        shardings = self._shardings()
-        leaves: dict[str, Any] = {}
-        for entry in self.plan.entries:
-            leaves |= self._decoded(entry, shardings)
-        dense = {path: self._cast(path) for path in self._specs if path not in self._owners}
-        leaves |= _put(dense, shardings)  # at once: most are small
+        self._tree(dict.fromkeys(self._specs))  # what cannot be given back is said before the work
+        leaves = dict(self.leaves())
         return self._tree({path: leaves[path] for path in self._specs})
 
+    def leaves(self) -> Iterator[tuple[str, Array]]:
+        """Decodes all leaves by leaf path, compressed ones first; leaves of one share together.
+
+        Raises:
+            PackedFileError: naming the leaf that is damaged.
+        """
+        shardings = self._shardings()
+        for entry in self.plan.entries:
+            yield from self._decoded(entry, shardings).items()
+        dense = {path: self._cast(path) for path in self._specs if path not in self._owners}
+        yield from _put(dense, shardings).items()  # at once: most are small
+
     def leaf(self, path: str) -> Float[Array, "..."]:
-        """Decodes one leaf.
+        """Decodes one leaf; one that shares a codebook with others is decoded with them.
 
         Raises:
             PackedFileError: if it is damaged.
@@ -123,7 +132,11 @@ class PackedFile:
 
         Raises:
             PackedFileError: if it is damaged.
+            ValueError: if there is no entry of this name.
         """
+        names = [entry.name for entry in self.plan.entries]
+        if name not in names:
+            raise ValueError(f"{self.path} has no entry '{name}'; it has {names[:5]}")
         return self._stored.streams(name)
 
     def dense(self, path: str) -> np.ndarray:
@@ -131,7 +144,10 @@ class PackedFile:
 
         Raises:
             PackedFileError: if it is damaged.
+            ValueError: if there is no dense leaf of this path.
         """
+        if path not in self._specs or path in self._owners:
+            raise ValueError(f"{self.path} has no dense leaf '{path}'")
         return self._stored.dense(self._specs[path])
 
     def state(self) -> PyTree:
@@ -182,10 +198,10 @@ class PackedFile:
         """
         in_structure_of(params, self._specs)
         for path, leaf in tree.leaves_by_path(params).items():
-            if tuple(leaf.shape) != self._specs[path].shape:
+            if tuple(np.shape(leaf)) != self._specs[path].shape:
                 raise ValueError(
                     f"{self.path}: leaf '{path}' is {list(self._specs[path].shape)} "
-                    f"there and {list(leaf.shape)} in the model"
+                    f"there and {list(np.shape(leaf))} in the model"
                 )
 
     def coded(self, name: str) -> dict[str, int]:
@@ -211,8 +227,9 @@ class PackedFile:
         if self._sharding is None:
             return {}
         if isinstance(self._sharding, jax.sharding.Sharding):
-            return dict.fromkeys(self._specs, self._sharding)
-        found = tree.leaves_by_path(self._sharding)
+            found = dict.fromkeys(self._specs, self._sharding)
+        else:
+            found = tree.leaves_by_path(self._sharding)
         different = sorted(set(found) ^ set(self._specs))
         if different:
             where = "the file" if different[0] in self._specs else "sharding="
@@ -220,6 +237,14 @@ class PackedFile:
                 f"leaf '{different[0]}' is only in {where}: give load() one sharding, or a tree of "
                 "them with the leaves of the model"
             )
+        for path, sharding in found.items():
+            shape = self._specs[path].shape
+            try:
+                sharding.shard_shape(shape)
+            except (ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"leaf '{path}' of shape {shape} cannot lie in {sharding}: {error}"
+                ) from error
         return found
 
     def _tree(self, leaves: dict[str, Any]) -> PyTree:
@@ -256,6 +281,19 @@ def load(path: str | Path, *, like: PyTree = None, sharding: Any = None) -> Pack
         PackedFileError: if it is no packed model, or damaged.
         ValueError: if ``like`` is not a tree of this model.
         OSError: if there is no such file, or it cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> from ssvq_jax import Uniform, make_plan, save
+        >>> params = {"kernel": jax.numpy.ones((8, 8)), "bias": jax.numpy.zeros(8)}
+        >>> plan = make_plan(params, [("kernel", Uniform(bits=4)), ("bias", None)])
+        >>> packed = plan.finalize(plan.init(jax.random.key(0), params))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save(folder.name + "/model.safetensors", packed, metrics={"accuracy": 0.5})
+        >>> with load(folder.name + "/model.safetensors") as file:
+        ...     print(file.metrics, file.leaf("kernel").shape, sorted(file.decode()))
+        {'accuracy': 0.5} (8, 8) ['bias', 'kernel']
+        >>> folder.cleanup()
     """
     return PackedFile(Path(path), like, sharding)
 

@@ -125,7 +125,7 @@ def is_packed(path: str | Path) -> bool:
     except (PackedFileError, OSError):
         return False
     container.close()
-    return HEADER in container.metadata
+    return HEADER in container.metadata or CHECKSUM in container.metadata
 
 
 def _open_header(container: Container) -> Header:

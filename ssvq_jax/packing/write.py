@@ -1,5 +1,6 @@
 """Writing a packed model to a file."""
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,10 +66,10 @@ def save(
     """
     if codec not in get_args(Codec):
         raise ValueError(f"codec={codec!r}: choose one of {get_args(Codec)}")
-    for told in (model, metrics):
-        if not isinstance(told, Mapping | None):
-            raise ValueError(f"model and metrics must be mappings to JSON values, not {told!r}")
+    told = {name: _as_json(name, given) for name, given in (("model", model), ("metrics", metrics))}
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file in it, e.g. {path}/model.safetensors")
     plan = packed.plan
@@ -120,19 +121,32 @@ def save(
         coded=coded,
         state=tuple(specs),
         state_structure=state_structure,
-        model=model or {},
-        metrics=metrics or {},
+        model=told["model"],
+        metrics=told["metrics"],
     )
-    try:
-        text = header_to_text(header)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"model and metrics must be JSON values: {error}") from None
+    text = header_to_text(header)
     tensors = {name: np.concatenate(found) for name, found in parts.items()}
     texts = {HEADER: text, CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}
     try:
         replace_file(path, lambda new: save_file(tensors, new, metadata=texts))
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def _as_json(name: str, told: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Model or metrics as JSON gives them back."""
+    if not isinstance(told, Mapping | None):
+        raise ValueError(f"{name} must be a mapping to JSON values, not {told!r}")
+    found = {}
+    for key, value in (told or {}).items():
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            if not isinstance(key, str):
+                raise TypeError("its name is no string")
+            found[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: {key!r} is no JSON value ({error})") from None
+    return found
 
 
 def start_checksum(owner: str) -> int:

@@ -15,14 +15,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         rows: cells, one a column; an empty row draws a line.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         if row:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))  # names may have brackets
         else:
             table.add_section()
     console = Console()
@@ -40,20 +41,22 @@ def print_bits(title: str, table: BitsTable) -> None:
     print(table.summary())
 
 
-def print_inspection(found: Mapping[str, Any], table: BitsTable) -> None:
+def print_inspection(
+    found: Mapping[str, Any], table: BitsTable, errors: Mapping[str, float]
+) -> None:
     """Prints what a packed file holds.
 
     Args:
         found: what `ssvq inspect` writes.
         table: the bits of the file.
+        errors: relative squared error by row, if there is a reference.
     """
     columns = ["leaf", "shape", "method", "bits by field", "bits/weight", "bytes", "ratio"]
-    errors = [leaf["error"] for leaf in found["leaves"]]
-    if any(error is not None for error in errors):
+    if errors:
         columns.append("error")
     rows: list[Sequence[str]] = []
     for row, leaf in zip(table.rows, found["leaves"], strict=True):
-        rows.append([*_fields(row, leaf["coded"]), _error(leaf["error"])][: len(columns)])
+        rows.append([*_fields(row, leaf["coded"]), _error(errors.get(row.name))][: len(columns)])
     rows.append(())
     for row in (*table.methods.values(), table.compressed, table.model):
         rows.append([*_fields(row, {}), ""][: len(columns)])
@@ -133,8 +136,10 @@ def print_outcome(label: str, results: Mapping[str, Any]) -> None:
             accuracy = _percent(found["accuracy"], found["standard_error"])
             rows.append((name, accuracy, f"{found['loss']:.4f}", f"{found['examples']:,}"))
     print_table("quality", ("model", "accuracy", "loss", "examples"), rows)
-    stored = results.get("file_bytes", results["stored_bytes"])
-    size = f"{stored:,} bytes, model {results['file_ratio']:.2f}x smaller"
+    if "file_bytes" in results:
+        size = f"{results['file_bytes']:,} bytes, model {results['file_ratio']:.2f}x smaller"
+    else:
+        size = f"{results['stored_bytes']:,} bytes and a header"
     if "bits_per_weight" in results:
         size += (
             f"; compressed weights: {results['bits_per_weight']:.3f} bits each, "

@@ -164,7 +164,7 @@ def test_compress_finetune_eval_analyze(trained, ssvq, project):
     judged = json.loads((project / "runs/judged/eval-validation-last.json").read_text())
     assert judged["after"]["loss"] == pytest.approx(tuned["after"]["loss"], rel=1e-6)
     assert judged["file_ratio"] == tuned["file_ratio"]
-    ssvq("export", packed, "--to", "stablehlo", "--image-size", "12", "--out", "runs/net.hlo")
+    ssvq("export", packed, "--to", "stablehlo", "--out", "runs/net.hlo")
     program = jax.export.deserialize(bytearray((project / "runs/net.hlo").read_bytes()))
     assert program.call(jnp.zeros((7, 12, 12, 3))).shape == (7, 3)
     ssvq("export", packed, "--to", "safetensors", "--out", "runs/plain.safetensors")
@@ -179,6 +179,15 @@ def test_compress_finetune_eval_analyze(trained, ssvq, project):
     # Training goes on from it as from the run.
     ssvq(*tuned_options[:1], "--weights", packed, "--out", "runs/on", "--steps", "4")
     assert results(project / "runs/on")["before"]["accuracy"] == tuned["after"]["accuracy"]
+
+    # What it begins with is never written over.
+    before = (project / packed).read_bytes()
+    for out in ("runs/tuned", "runs"):
+        with pytest.raises(SystemExit, match=f"out={out} is where the weights are"):
+            ssvq("finetune", "--weights", packed, "--out", out, "--no-resume")
+    assert (project / packed).read_bytes() == before
+    with pytest.raises(SystemExit, match="which=best is for the folder of a run"):
+        ssvq("eval", "--weights", packed, "--which", "best")
 
     # A finished run is read back, and another configuration is refused.
     ssvq(*tuned_options)
@@ -205,6 +214,10 @@ def test_the_best_state_is_judged_as_it_was_in_the_run(ssvq, project):
         for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         if "validation_loss" in record
     }
+    # The number of classes is that of the data, also for who gets the file alone.
+    ssvq("export", out / "model.safetensors", "--to", "stablehlo", "--out", project / "two.hlo")
+    program = jax.export.deserialize(bytearray((project / "two.hlo").read_bytes()))
+    assert program.call(jnp.zeros((4, 12, 12, 3))).shape == (4, 2)
     best = results(out)["best_step"]
     assert best in losses  # and not the last
     ssvq("eval", "--weights", out, "--which", "best", "--split", "validation")

@@ -204,6 +204,17 @@ def test_what_is_refused(tensors, quickstart, tmp_path):
     assert f"{tmp_path} is a folder: give a .safetensors file" in fails("inspect", tmp_path)
     assert "No such file" in fails("inspect", tmp_path / "nothing")
     assert "has no leaf 'head/kernel' of shape" in fails("inspect", packed, "--reference", plain)
+    (tmp_path / "home").mkdir()
+    home = tmp_path / "home" / "model.safetensors"  # as its own output would be called
+    home.write_bytes(plain.read_bytes())
+    assert "is where the weights are: give another folder" in fails(
+        "compress", "--weights", home, "--recipe", recipe, "--out", tmp_path / "home"
+    )
+    assert home.read_bytes() == plain.read_bytes()
+    assert "--devices is for a model" in fails(*compress, "--devices", "3")
+    assert "seed=-1: give 0 to" in fails(*compress, "--seed", "-1")
+    assert "holds weights: give another file" in fails("inspect", packed, "--out", packed)
+    assert f"out={tmp_path} is a folder" in fails("inspect", packed, "--out", tmp_path)
     damaged = tmp_path / "damaged.safetensors"
     content = bytearray(packed.read_bytes())
     content[-100] ^= 1
@@ -220,15 +231,42 @@ def test_what_is_refused(tensors, quickstart, tmp_path):
     assert "is only in" in fails(
         *export, "stablehlo", "--out", tmp_path / "x", "--model", "deit_tiny"
     )
+    other = self_packed(tensors, tmp_path, state={"w": np.ones(3)})
+    assert "parameters and state both have ['w']" in fails(
+        "export", other, "--to", "npz", "--out", tmp_path / "x"
+    )
+    assert "--which is for a model, and" in fails(
+        "pack", "--weights", other, "--which", "best", "--out", tmp_path / "x"
+    )
     assert not out.exists()
     assert not (tmp_path / "x").exists()
 
 
-def self_packed(tensors, folder):
+def test_names_with_brackets_are_shown_as_they_are(tensors, ssvq, tmp_path):
+    names = {"model[encoder].weight": tensors["blocks.0.attn.weight"],
+             "model[/x].weight": tensors["blocks.0.attn.weight"]}  # fmt: skip
+    save_file(names, tmp_path / "names.safetensors")
+    (tmp_path / "weights.json").write_text(json.dumps({"format": 1, "rules": RECIPE["rules"][:1]}))
+    printed = ssvq("compress", "--weights", tmp_path / "names.safetensors",
+                   "--recipe", tmp_path / "weights.json", "--out", tmp_path / "out")  # fmt: skip
+    assert "model[encoder].weight" in printed
+    assert "model[/x].weight" in ssvq("inspect", tmp_path / "out" / "model.safetensors")
+
+
+def test_a_file_of_any_tree_is_packed_again(tensors, ssvq, tmp_path):
+    """What the tree was does not matter, and what was told is kept."""
+    kept = self_packed(tensors, tmp_path, metrics={"accuracy": 0.5}, model={"name": "own"})
+    ssvq("pack", "--weights", kept, "--codec", "entropy", "--out", tmp_path / "again.safetensors")
+    with load(kept) as first, load(tmp_path / "again.safetensors") as second:
+        assert (second.model, second.metrics) == ({"name": "own"}, {"accuracy": 0.5})
+        np.testing.assert_array_equal(first.leaf("w"), second.leaf("w"))
+
+
+def self_packed(tensors, folder, **told):
     import ssvq_jax
 
     params = {"w": jnp.asarray(tensors["blocks.0.attn.weight"])}
     plan = ssvq_jax.make_plan(params, [("w", ssvq_jax.Uniform(bits=4))])
     packed = plan.finalize(plan.init(jax.random.key(0), params))
-    ssvq_jax.save(folder / "packed.safetensors", packed)
+    ssvq_jax.save(folder / "packed.safetensors", packed, **told)
     return folder / "packed.safetensors"

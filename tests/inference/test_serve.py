@@ -14,7 +14,7 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 import ssvq_jax as ssvq
 from ssvq_jax.inference import decode_params, packed_params, serve
-from ssvq_jax.inference.deferred import _zero
+from ssvq_jax.inference.ordering import _zero
 from ssvq_jax.models import ViT, ViTConfig
 from ssvq_jax.models.vit import Block
 from ssvq_jax.training.remat import remat_calls

@@ -230,14 +230,14 @@ def test_model_and_metrics_come_back(packed, tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"a": float("nan")}, {"a": float("inf")}, {"a": np.float32(1)}, {"a": {1, 2}}, {(1, 2): 3},
-        ["a"], "text", 3,
+        {"a": float("nan")}, {"a": np.float32("inf")}, {"a": {1, 2}}, {"a": np.ones(2)},
+        {(1, 2): 3}, ["a"], "text", 3,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["model", "metrics"])
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(packed, bad, name, file):
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="model and metrics must be "):
+    with pytest.raises(ValueError, match=f"{name}: .* is no JSON value|{name} must be a mapping"):
         save(file, packed, **{name: bad})
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
