@@ -36,10 +36,18 @@ class Weights:
 
 
 def run_config(weights: Path | None) -> dict[str, Any] | None:
-    """Configuration of the run that weights are taken from, or what a packed file says of it."""
-    if weights is not None and weights.is_dir():
-        return read_config(weights)
-    return packed_config(weights)
+    """Configuration of the run that weights are taken from, or what a packed file says of it.
+
+    Raises:
+        ValueError: for the folder of several runs, or what cannot be read.
+    """
+    if weights is None or not weights.is_dir():
+        return packed_config(weights)
+    config = read_config(weights)
+    if config is not None and config["command"] == "quickstart":
+        files = sorted(str(file) for file in (weights / "packed").glob("*.safetensors"))
+        raise ValueError(f"{weights} holds several models: give one of its files, {files}")
+    return config
 
 
 def initial_weights(model: "LoadedModel", image_shape: tuple[int, int, int], seed: int) -> Weights:

@@ -220,6 +220,9 @@ def test_what_is_refused(tensors, quickstart, tmp_path):
     content[-100] ^= 1
     damaged.write_bytes(content)
     assert "is damaged: its checksum does not fit" in fails("inspect", damaged)
+    several = fails("eval", "--weights", quickstart)
+    assert "holds several models: give one of its files" in several
+    assert str(packed) in several
     export = "export", packed, "--to"
     assert "is the packed file: give another" in fails(*export, "npz", "--out", packed)
     assert "plain weights need none" in fails(

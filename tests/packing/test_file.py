@@ -376,7 +376,7 @@ def test_a_leaf_that_is_not_there_is_named(file):
 
 
 def test_sharding(on_eight_devices):
-    on_eight_devices(Path(__file__).with_name("eight_devices.py"))
+    on_eight_devices(Path(__file__).with_name("file_on_eight_devices.py"))
 
 
 # Many readers, and files that change meanwhile
