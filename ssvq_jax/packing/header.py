@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from ssvq_jax.recipe import recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec
 
 VERSION = 1
+HEADER, CHECKSUM = "ssvq_jax", "ssvq_jax_crc32"  # texts of the safetensors header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Header:
     state_structure: Structure
     model: Mapping[str, Any]
     metrics: Mapping[str, Any]
+
+
+def start_checksum(owner: str) -> int:
+    """What a checksum begins with: contents under another name are no longer right."""
+    return zlib.crc32(owner.encode())
 
 
 def header_to_text(header: Header) -> str:

@@ -10,9 +10,14 @@ from ssvq_jax.bitstream import pack_bits
 from ssvq_jax.packing import entropy
 from ssvq_jax.packing.container import Container
 from ssvq_jax.packing.errors import PackedFileError
-from ssvq_jax.packing.header import Header, header_from_text
+from ssvq_jax.packing.header import (
+    CHECKSUM,
+    HEADER,
+    Header,
+    header_from_text,
+    start_checksum,
+)
 from ssvq_jax.packing.segments import STATE, Segment, make_layout
-from ssvq_jax.packing.write import CHECKSUM, HEADER, start_checksum
 from ssvq_jax.quantizers.streams import check_streams, stream_shape
 from ssvq_jax.tree import LeafSpec
 

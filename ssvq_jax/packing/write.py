@@ -14,7 +14,13 @@ from safetensors.numpy import save_file
 from ssvq_jax import tree
 from ssvq_jax.atomic import replace_file
 from ssvq_jax.packing import entropy
-from ssvq_jax.packing.header import Header, header_to_text
+from ssvq_jax.packing.header import (
+    CHECKSUM,
+    HEADER,
+    Header,
+    header_to_text,
+    start_checksum,
+)
 from ssvq_jax.packing.segments import STATE, make_layout
 from ssvq_jax.packing.structure import describe
 from ssvq_jax.plan import Packed
@@ -22,7 +28,6 @@ from ssvq_jax.quantizers.streams import check_streams, unpack_fields
 from ssvq_jax.tree import LeafSpec, PyTree
 
 Codec = Literal["plain", "entropy"]
-HEADER, CHECKSUM = "ssvq_jax", "ssvq_jax_crc32"  # texts of the safetensors header
 
 
 def save(
@@ -147,11 +152,6 @@ def _as_json(name: str, told: Mapping[str, Any] | None) -> dict[str, Any]:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{name}: {key!r} is no JSON value ({error})") from None
     return found
-
-
-def start_checksum(owner: str) -> int:
-    """What a checksum begins with: contents under another name are no longer right."""
-    return zlib.crc32(owner.encode())
 
 
 def _coded(entry: Any, streams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
