@@ -66,9 +66,12 @@ class ExportCommand:
         from jax import export
 
         from ssvq_jax.inference import export_program
+        from ssvq_jax.inference.export import check_platforms
         from ssvq_jax.models import load_model
         from ssvq_jax.training.step import linen_forward
 
+        platforms = self.platforms or ("cpu", "cuda", "tpu")
+        check_platforms(platforms)
         told = file.model
         name = self.model or told.get("model")
         if name is None:
@@ -102,7 +105,7 @@ class ExportCommand:
                 lambda params, images: forward(params, state, images, None)[0],
                 file.read(),
                 images,
-                platforms=self.platforms or ("cpu", "cuda", "tpu"),
+                platforms=platforms,
             )
         except Exception as error:
             if self.batch_size is not None:

@@ -14,6 +14,13 @@ from ssvq_jax.tree import PyTree
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
+def check_platforms(platforms: Sequence[str]) -> None:
+    """Raises ValueError, naming them, for platforms that there are not."""
+    unknown = sorted(set(platforms) - set(PLATFORMS))
+    if unknown or not platforms:
+        raise ValueError(f"platforms {unknown or 'are missing'}: choose of {PLATFORMS}")
+
+
 def export_program(
     apply: Callable[..., Any],
     packed: Packed,
@@ -50,9 +57,7 @@ def export_program(
         (2, 64)
     """
     platforms = (platforms,) if isinstance(platforms, str) else platforms
-    unknown = sorted(set(platforms) - set(PLATFORMS))
-    if unknown or not platforms:
-        raise ValueError(f"platforms {unknown or 'are missing'}: choose of {PLATFORMS}")
+    check_platforms(platforms)
     weights = packed_params(packed)
     run = serve(apply) if packed.plan.entries else apply
 

@@ -3,7 +3,7 @@
 GPUs load from any address, so every program finds the bytes and codewords of a tile of W itself
 and multiplies it with a block of x. Streams are read as they are stored.
 
-The kernel was compiled ahead of time for an H100, and has not run on a GPU so far.
+The tests interpret and lower the kernel; it has not run on a GPU so far.
 """
 
 import dataclasses

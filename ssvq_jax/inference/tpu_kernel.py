@@ -6,8 +6,7 @@ of 128 numbers. Each column of a period goes to its places in a tile of W^T, whi
 with x. The weights are those of `PackedLeaf.decode`, bit by bit, and never leave the chip's vector
 memory.
 
-The kernel was compiled ahead of time for TPU v4, v5e and v6e (libtpu 0.0.42), and has not run on
-one so far.
+The tests interpret and lower the kernel; it has not run on a TPU so far.
 """
 
 import dataclasses

@@ -123,8 +123,6 @@ def _rules(plan: Plan) -> dict[str, int]:
     numbers: dict[tuple[Any, int, str | None], int] = {}
     for number, rule in enumerate(plan.recipe):
         numbers.setdefault((rule.quantizer, rule.stacked, rule.share), number)
-        if rule.quantizer is None:
-            numbers.setdefault((None, 0, None), number)
     rules = {leaf.path: numbers.get((None, 0, None), -1) for leaf in plan.leaves}
     for entry in plan.entries:
         for leaf in entry.leaves:

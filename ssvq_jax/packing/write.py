@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from ssvq_jax import tree
 from ssvq_jax.atomic import replace_file
+from ssvq_jax.entries import Entry
 from ssvq_jax.packing import entropy
 from ssvq_jax.packing.header import (
     CHECKSUM,
@@ -154,7 +155,7 @@ def _as_json(name: str, told: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def _coded(entry: Any, streams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _coded(entry: Entry, streams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The fields that coding makes smaller."""
     numbers = _unpack(entry.quantizer, streams, entry.nameless)
     found = {}

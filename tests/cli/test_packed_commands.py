@@ -228,7 +228,7 @@ def test_what_is_refused(tensors, quickstart, tmp_path):
     assert "plain weights need none" in fails(
         *export, "npz", "--out", tmp_path / "x", "--model", "deit_tiny"
     )
-    assert "platforms ['gpu']: choose of" in fails(
+    assert "error: platforms ['gpu']: choose of" in fails(
         *export, "stablehlo", "--out", tmp_path / "x", "--platforms", "gpu"
     )
     assert "is only in" in fails(
