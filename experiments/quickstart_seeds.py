@@ -10,7 +10,6 @@ Expected at 26x: learned signs with freezing above VQ above fixed signs.
 
 import dataclasses
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import tyro
 
 from ssvq_jax.cli.quickstart import METHODS, QuickstartCommand, compare
+from ssvq_jax.report.pages import insert
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
@@ -51,7 +51,7 @@ def main(config: Config) -> None:
             file.write_text(json.dumps(results, indent=1) + "\n")
     text = table([json.loads(file.read_text()) for file in files])
     for page in PAGES:
-        page.write_text(insert(page.read_text(), text))
+        insert(page, "quickstart table", text)
     print(text)
 
 
@@ -80,12 +80,6 @@ def table(runs: list[dict[str, Any]]) -> str:
         f"of {len(runs)} seeds; {steps} updates of fine-tuning each.",
     ]
     return "\n".join(lines)
-
-
-def insert(page: str, text: str) -> str:
-    """Puts the table between the page's markers."""
-    pattern = r"(<!-- quickstart table: begin -->\n).*?(<!-- quickstart table: end -->)"
-    return re.sub(pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.DOTALL)
 
 
 def _over(

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ssvq_jax.cli.main import main
+from ssvq_jax.hardware import load_accelerator
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,10 +35,16 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert names["plan"].bits().main.compression_ratio > 20
 
 
-@pytest.mark.parametrize("word", ["packed_params", "ssvq_jax.clustering"])
+@pytest.mark.parametrize("word", ["packed_params", "ssvq_jax.clustering", "hardware.sweep"])
 def test_other_examples_run(word):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(blocks("python", word), {})
+
+
+def test_the_hardware_page_s_accelerator_is_read(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/hardware.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load_accelerator(tmp_path / "mine.yaml").weight_sram_bytes == 2**20
 
 
 def commands(word):
@@ -89,10 +96,25 @@ def test_table_is_generated_from_the_results_files(page):
     script = runpy.run_path(str(ROOT / "experiments" / "quickstart_seeds.py"))
     files = sorted((ROOT / "experiments" / "results").glob("quickstart_seed*.json"))
     assert len(files) >= 3
-    text = (ROOT / page).read_text()
     table = script["table"]([json.loads(file.read_text()) for file in files])
-    assert script["insert"](text, table) == text
-    assert table in text
+    assert (
+        f"<!-- quickstart table: begin -->\n{table}\n<!-- quickstart table: end -->"
+        in (ROOT / page).read_text()
+    )
+
+
+def test_the_hardware_page_is_generated_from_its_run():
+    script = runpy.run_path(str(ROOT / "experiments" / "hardware_regimes.py"))
+    file = ROOT / "experiments" / "results" / "hardware_regimes.json"
+    found = json.loads(file.read_text())
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    for name, text in script["tables"](found).items():
+        assert f"<!-- {name}: begin -->\n{text}\n<!-- {name}: end -->" in page
+    # And the run is that of this code.
+    again = script["measure"]()
+    for old, new in zip(found["regimes"], again["regimes"], strict=True):
+        assert old["regime"] == new["regime"]
+        assert old["int8"]["latency_s"] == pytest.approx(new["int8"]["latency_s"])
 
 
 def test_links_lead_somewhere():

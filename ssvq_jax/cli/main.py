@@ -13,6 +13,7 @@ import tyro
 
 from ssvq_jax.cli.analyze import AnalyzeCommand
 from ssvq_jax.cli.compress import CompressCommand
+from ssvq_jax.cli.cost import CostCommand
 from ssvq_jax.cli.evaluate import EvalCommand
 from ssvq_jax.cli.export import ExportCommand
 from ssvq_jax.cli.finetune import FinetuneCommand
@@ -25,6 +26,7 @@ from ssvq_jax.cli.train import TrainCommand
 Command = (
     Annotated[QuickstartCommand, tyro.conf.subcommand("quickstart", prefix_name=False)]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan", prefix_name=False)]
+    | Annotated[CostCommand, tyro.conf.subcommand("cost", prefix_name=False)]
     | Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze", prefix_name=False)]
     | Annotated[CompressCommand, tyro.conf.subcommand("compress", prefix_name=False)]

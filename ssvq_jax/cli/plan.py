@@ -41,13 +41,7 @@ class PlanCommand:
         model = load_model(self.model, classes=self.classes, scan=self.scan)
         variables = model.variables
         if variables is None:
-            size = model.image_size if self.image_size is None else self.image_size
-            if size is None or size < 1 or self.channels < 1:
-                raise ValueError(
-                    f"images of size {size} with {self.channels} channels: give the --image-size "
-                    f"and --channels that model '{self.model}' takes"
-                )
-            variables = model.shapes((size, size, model.channels or self.channels))
+            variables = model.shapes(model.image_shape(self.image_size, self.channels))
         plan = make_plan(variables["params"], load_recipe(self.recipe))
         print_bits(f"{self.model} with {self.recipe}", plan.bits())
         if self.out is not None:

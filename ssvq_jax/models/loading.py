@@ -41,6 +41,27 @@ class LoadedModel:
         """Channels of the images it is made for, if it says so."""
         return getattr(getattr(self.module, "config", None), "channels", None)
 
+    def image_shape(
+        self, image_size: int | None = None, channels: int | None = None
+    ) -> tuple[int, int, int]:
+        """Height, width and channels of its images.
+
+        Args:
+            image_size: height and width, if not those that it is made for.
+            channels: channels, if it does not say; 3 by default.
+
+        Raises:
+            ValueError: if nobody says, or a size is out of range.
+        """
+        size = self.image_size if image_size is None else image_size
+        channels = self.channels or (3 if channels is None else channels)
+        if size is None or size < 1 or channels < 1:
+            raise ValueError(
+                f"images of size {size} with {channels} channels: give the --image-size and "
+                f"--channels that model '{self.name}' takes"
+            )
+        return size, size, channels
+
     def init(self, key: Key[Array, ""], image_shape: tuple[int, int, int]) -> dict[str, Any]:
         """Initial variables: ``params``, and other collections if the model has them.
 

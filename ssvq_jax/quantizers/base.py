@@ -60,6 +60,9 @@ class Stream:
             need, all others as they are.
         values: how many different numbers there are, for unsigned integers and booleans.
         slices: slices that have such a field, each begun on a new byte.
+        lookups: steps that a hardware decoder takes for each number: 1 to look up a row of a
+            codebook, as many as it has coordinates to work off an index without one, 0 for a number
+            that is used as it is.
     """
 
     field: str
@@ -67,6 +70,7 @@ class Stream:
     dtype: str
     values: int | None = None
     slices: int = 1
+    lookups: int = 0
 
     @property
     def count(self) -> int:

@@ -189,8 +189,9 @@ class CodebookQuantizer(Quantizer):
     def codebook_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook and scales of one slice."""
         code_dtype = number_dtype(self.code_width).name
+        count = self.layout(spec).count
         streams = [
-            Stream("codes", (self.layout(spec).count,), code_dtype, values=self.codewords),
+            Stream("codes", (count,), code_dtype, values=self.codewords, lookups=1),
             Stream("codebook", (self.codewords, self.dim), self.codebook_dtype),
         ]
         if self.codebook_dtype == "int8":

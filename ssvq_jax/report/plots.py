@@ -14,7 +14,7 @@ def plot_accuracy(runs: Mapping[str, Records], file: Path) -> None:
         runs: records of `ssvq_jax.training.loop.fit` by run name.
         file: where to write the picture; the ending decides the format.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for name, records in runs.items():
         axes.plot([r["step"] for r in records], _smooth(records, "accuracy"), label=name)
     axes.set(xlabel="update", ylabel="training accuracy, running mean", title="Fine-tuning")
@@ -29,7 +29,7 @@ def plot_signs(runs: Mapping[str, Records], file: Path) -> None:
         runs: records by run name.
         file: where to write the picture.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for name, records in runs.items():
         if not records or "flipped" not in records[0]:
             continue
@@ -52,7 +52,7 @@ def plot_tradeoff(results: Mapping[str, Any], file: Path) -> None:
         results: the content of ``results.json``.
         file: where to write the picture.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     base = results["float"]
     axes.axhline(100 * base["accuracy"], color="grey", linestyle=":", label="float32")
     for name, row in results["methods"].items():
@@ -68,7 +68,8 @@ def plot_tradeoff(results: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file)
 
 
-def _figure() -> tuple[Any, Any]:
+def new_figure() -> tuple[Any, Any]:
+    """A figure and its axes."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)

@@ -1,0 +1,356 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssvq_jax import SignSplit, Uniform, Vector, make_plan
+from ssvq_jax.hardware import (
+    Accelerator,
+    Product,
+    Workload,
+    cost,
+    merge_equal,
+    presets,
+    stack_formats,
+    sweep,
+    with_bits,
+    with_plan,
+)
+from ssvq_jax.hardware.energy import sram_pj_per_bit
+
+# 2 x 2 PEs at 1 Hz, a byte a second: cycles are bytes are seconds.
+TINY = Accelerator(
+    "tiny", 2, 2, "ws", clock_hz=1.0, dram_bytes_per_s=1.0, lookups_per_cycle=1, weights="streamed"
+)
+# [3, 4] x [4, 4], then [3, 4] x [4, 2]; 5 weights feed nothing.
+CHAIN = Workload(
+    (Product("a", 3, 4, 4, leaves=("a",)), Product("b", 3, 4, 2, leaves=("b",))),
+    {"elementwise": 10},
+    {"a": 16, "b": 8, "bias": 5},
+)
+INT8 = with_bits(CHAIN, 8, other_bits=8)
+# By hand: folds 2·2 and 2·1 of 2 + 3 + 2 cycles; weights 16 and 8 bytes; input 12, output 6.
+COMPUTE = (28.0, 14.0)
+
+
+def test_a_chain_by_hand():
+    found = cost(INT8, TINY)
+    layers, network = found
+    assert layers.compute_cycles.tolist() == list(COMPUTE)
+    assert layers.load_cycles.tolist() == [8.0, 4.0]
+    assert layers.drain_cycles.tolist() == [8.0, 4.0]
+    assert layers.weight_dram_bytes.tolist() == [16.0, 8.0]
+    assert layers.activation_dram_bytes.tolist() == [0.0, 0.0]
+    assert layers.utilization.tolist() == [48 / (28 * 4), 24 / (14 * 4)]
+    # First fill: the input and four weights; then 47 bytes in all, 42 cycles; then the output.
+    assert network.first_fill_cycles == 12 + 4
+    assert network.last_write_cycles == 6
+    assert network.dram_cycles == 12 + 16 + 8 + 5 + 6
+    assert network.latency_cycles == 16 + max(42, 47 - 16 - 6) + 6
+    assert network.bound == "dram"
+    assert network.macs == 72
+    assert network.weight_dram_bytes == 16 + 8 + 5
+    assert network.activation_dram_bytes == 12 + 6
+    assert network.macs_per_dram_byte == 72 / 47
+    assert network.ridge_macs_per_dram_byte == 4
+
+
+def test_overlap_by_hand():
+    serial = cost(INT8, dataclasses.replace(TINY, overlap="serial")).network
+    assert serial.latency_cycles == 47 + 42
+    # The input, all of a and what feeds nothing; a beside the weights of b; b; the output.
+    ahead = cost(INT8, dataclasses.replace(TINY, overlap="one_ahead")).network
+    assert ahead.latency_cycles == (12 + 16 + 5) + max(28, 8) + 14 + 6
+    slow = dataclasses.replace(TINY, overlap="one_ahead", dram_bytes_per_s=0.25)
+    assert cost(INT8, slow).network.latency_cycles == 4 * (12 + 16 + 5) + max(28, 32) + 14 + 24
+
+
+def test_other_operations_take_time_of_their_own_line():
+    slow = dataclasses.replace(TINY, vector_ops_per_cycle=0.1)
+    assert cost(INT8, slow).network.vector_cycles == 100
+    assert cost(INT8, slow).network.latency_cycles == 16 + 100 + 6
+    assert cost(INT8, slow).network.bound == "vector"
+    assert cost(INT8, dataclasses.replace(slow, overlap="serial")).network.latency_cycles == 189
+    assert cost(INT8, TINY).network.vector_cycles == 0  # 0 operations a cycle: not modelled
+    assert cost(INT8, TINY).network.vector_j == pytest.approx(10 * 0.4e-12)
+
+
+def test_where_activations_and_weights_lie():
+    spilled = cost(INT8, dataclasses.replace(TINY, activations="spilled"))
+    # Inputs of 12 numbers, outputs of 12 and 6: the network's own are not counted twice.
+    assert spilled.layers.activation_dram_bytes.tolist() == [24.0, 18.0]
+    assert spilled.network.activation_dram_bytes == 42
+    # A buffer of 22 bytes holds no two halves of 12: column folds read the input again.
+    small = dataclasses.replace(TINY, activations="spilled", input_sram_bytes=22)
+    assert cost(INT8, small).layers.activation_dram_bytes.tolist() == [2 * 12 + 12, 12 + 6]
+    # By itself it spills what does not fit: the outputs of a, but not its inputs.
+    automatic = dataclasses.replace(TINY, output_sram_bytes=11)
+    assert cost(INT8, automatic).layers.activation_dram_bytes.tolist() == [12.0, 0.0]
+    resident = cost(INT8, dataclasses.replace(TINY, weights="resident")).network
+    assert resident.weight_dram_bytes == 0
+    assert resident.dram_cycles == 12 + 6
+    fits = dataclasses.replace(TINY, weights="automatic", weight_sram_bytes=16 + 8 + 5)
+    assert cost(INT8, fits).network.weight_dram_bytes == 0
+    too_small = dataclasses.replace(fits, weight_sram_bytes=16 + 8 + 4)
+    assert cost(INT8, too_small).network.weight_dram_bytes == 29
+
+
+def test_partial_sums_by_hand():
+    # Two row folds: every output is written, read and written again, in 4 bytes at first.
+    spilled = cost(INT8, dataclasses.replace(TINY, partial_sums="spilled")).layers
+    assert spilled.activation_dram_bytes.tolist() == [2 * 12 * 4, 2 * 6 * 4]
+    kept = cost(INT8, TINY).layers
+    # Inputs 12 to each of 2 and 1 column folds, weights once, outputs 12 + 2·12·4 and 6 + 2·6·4.
+    assert kept.sram_bytes.tolist() == [24 + 16 + 108, 12 + 8 + 54]
+
+
+def test_input_stationary_fetches_weights_again():
+    once = cost(INT8, dataclasses.replace(TINY, dataflow="is")).layers
+    assert once.weight_dram_bytes.tolist() == [16.0, 8.0]
+    small = dataclasses.replace(TINY, dataflow="is", weight_sram_bytes=20)  # half holds b alone
+    assert cost(INT8, small).layers.weight_dram_bytes.tolist() == [32.0, 8.0]
+
+
+def test_energy_by_hand():
+    found = cost(INT8, TINY)
+    pj_per_byte = 8 * float(np.sqrt(256 / 32) * 20 / 64) ** 0  # sizes of 256 KiB, below
+    with jax.enable_x64(True):
+        pj_per_byte = 8 * float(sram_pj_per_bit(jnp.asarray(256 * 1024.0)))
+    assert found.layers.mac_pj.tolist() == pytest.approx([48 * 0.3, 24 * 0.3])
+    assert found.layers.dram_pj.tolist() == [16 * 8 * 8, 8 * 8 * 8]
+    expected = [(24 + 16 + 16 + 108) * pj_per_byte, (12 + 8 + 8 + 54) * pj_per_byte]
+    assert found.layers.sram_pj.tolist() == pytest.approx(expected)
+    assert found.network.dram_j == pytest.approx(47 * 64e-12)
+    parts = ("mac_j", "sram_j", "dram_j", "decode_j", "vector_j")
+    assert found.network.energy_j == pytest.approx(sum(getattr(found.network, x) for x in parts))
+
+
+@pytest.mark.parametrize(
+    ("size", "picojoule"), [(8 * 1024, 10 / 64), (32 * 1024, 20 / 64), (2**20, 100 / 64)]
+)
+def test_sram_energies_are_the_published_ones(size, picojoule):
+    with jax.enable_x64(True):
+        assert float(sram_pj_per_bit(jnp.asarray(float(size)))) == pytest.approx(picojoule)
+
+
+def test_decoding_takes_a_look_up_a_sub_vector():
+    shapes = {name: jax.ShapeDtypeStruct((16, 16), "float32") for name in ("a", "b")}
+    plan = make_plan(shapes, [("a", SignSplit(codewords=4, dim=8)), ("b", Vector(8, 4))])
+    both = (Product("a", 8, 16, 16, leaves=("a",)), Product("b", 8, 16, 16, leaves=("b",)))
+    layers = with_plan(Workload(both, leaves={"a": 256, "b": 256}), plan)
+    found = cost(layers, TINY).layers
+    assert found.decode_cycles.tolist() == [32.0, 64.0]
+    # Where outputs stay, each of the four row folds decodes everything again.
+    again = cost(layers, dataclasses.replace(TINY, dataflow="os")).layers
+    assert again.decode_cycles.tolist() == [4 * 32.0, 4 * 64.0]
+    assert cost(layers, TINY).network.decode_j > 0
+    # Codes of 2 bits and 256 signs; a codebook of 4 x 8 bytes and its scale of 2.
+    assert found.weight_dram_bytes[0] == 32 * 2 / 8 + 256 / 8 + 32 + 2
+
+
+PLAIN = st.sampled_from(["ws", "is", "os", "ews"])
+CHOICES = st.fixed_dictionaries(
+    {
+        "dataflow": PLAIN,
+        "rows": st.integers(1, 200),
+        "columns": st.integers(1, 200),
+        "dram_bytes_per_s": st.floats(1e7, 1e12),
+        "lookups_per_cycle": st.integers(1, 64),
+        "overlap": st.sampled_from(["ideal", "one_ahead", "serial"]),
+        "activations": st.sampled_from(["automatic", "on_chip", "spilled"]),
+        "weights": st.sampled_from(["automatic", "streamed"]),
+        "partial_sums": st.sampled_from(["on_chip", "spilled"]),
+        "vector_ops_per_cycle": st.sampled_from([0, 4, 64]),
+    }
+)
+SHAPES = {f"{i}": jax.ShapeDtypeStruct((64, 64), "float32") for i in range(3)}
+
+
+def chain(m: int) -> Workload:
+    products = [Product(name, m, 64, 64, leaves=(name,)) for name in SHAPES]
+    attention = Product("attention", m, 16, m, count=4)
+    return Workload(
+        (*products[:2], attention, products[2]),
+        {"elementwise": 100 * m},
+        dict.fromkeys(SHAPES, 4096),
+    )
+
+
+def formats(m: int = 8) -> dict:
+    plans = {
+        "ssvq": make_plan(SHAPES, [(".*", SignSplit(codewords=16, dim=8))]),
+        "vq": make_plan(SHAPES, [(".*", Vector(codewords=64, dim=4))]),
+        "uniform": make_plan(SHAPES, [(".*", Uniform(bits=4))]),
+    }
+    return {"int8": with_bits(chain(m), 8)} | {
+        name: with_plan(chain(m), plan) for name, plan in plans.items()
+    }
+
+
+FORMATS = formats()
+
+
+@settings(deadline=None, max_examples=40)
+@given(choices=CHOICES, faster=st.floats(1.01, 100))
+def test_monotone_and_additive(choices, faster):
+    a = Accelerator("any", **choices)
+    doubled = with_plan(chain(16), make_plan(SHAPES, [(".*", SignSplit(codewords=16, dim=8))]))
+    found = cost(FORMATS["ssvq"], a)
+    latency = found.network.latency_s * (1 + 1e-12)
+    for name in ("dram_bytes_per_s", "lookups_per_cycle", "clock_hz"):
+        better = dataclasses.replace(a, **{name: getattr(a, name) * faster})
+        assert cost(FORMATS["ssvq"], better).network.latency_s <= latency, name
+    assert cost(doubled, a).network.latency_cycles >= found.network.latency_cycles
+    for name in ("macs", "compute_cycles", "decode_cycles", "sram_bytes"):
+        assert getattr(found.network, name) == pytest.approx(getattr(found.layers, name).sum())
+    # What nobody hides is no less than the longest of the parts, nor more than their sum.
+    parts = [getattr(found.network, f"{x}_cycles") for x in ("compute", "dram", "decode", "vector")]
+    assert max(parts) <= found.network.latency_cycles * (1 + 1e-12)
+    assert found.network.latency_cycles <= sum(parts) * (1 + 1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(choices=CHOICES)
+def test_speed_up_is_bound_by_the_bits(choices):
+    a = Accelerator("any", **choices | {"weights": "streamed"})
+    base = cost(FORMATS["int8"], a).network
+    for name in ("ssvq", "vq", "uniform"):
+        found = cost(FORMATS[name], a).network
+        bits = base.weight_dram_bytes / found.weight_dram_bytes
+        assert base.latency_s / found.latency_s <= bits * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(choices=CHOICES)
+def test_nine_bits_cost_at_least_eight(choices):
+    plan = make_plan(SHAPES, [(".*", SignSplit(codewords=256, dim=1))])
+    a = Accelerator("any", **choices)
+    found, base = cost(with_plan(chain(8), plan), a), cost(FORMATS["int8"], a)
+    assert found.network.latency_s >= base.network.latency_s * (1 - 1e-12)
+    assert found.network.energy_j >= base.network.energy_j * (1 - 1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(choices=CHOICES)
+def test_equal_layers_are_merged_at_no_cost(choices):
+    a = Accelerator("any", **choices)
+    merged = merge_equal(FORMATS["ssvq"])
+    assert merged.names == ("0", "attention")
+    assert merged.repeats.tolist() == [3.0, 1.0]
+    whole, once = cost(FORMATS["ssvq"], a).network, cost(merged, a).network
+    for name, x, y in zip(whole._fields, whole, once, strict=True):
+        assert y == pytest.approx(float(x), rel=1e-12), name
+
+
+def test_eight_bits_without_a_codebook_are_int8():
+    plan = make_plan(SHAPES, [(".*", Uniform(bits=8, per_channel=False))])
+    found, base = (
+        cost(x, presets["edge-ews-64"]) for x in (with_plan(chain(8), plan), FORMATS["int8"])
+    )
+    # But for a scale of 16 bits a leaf.
+    assert found.network.weight_dram_bytes == base.network.weight_dram_bytes + 3 * 2
+    assert found.network.compute_cycles == base.network.compute_cycles
+    assert found.network.decode_cycles == 0
+
+
+@pytest.mark.parametrize("overlap", ["ideal", "one_ahead", "serial"])
+def test_vmap_over_accelerators_and_recipes_is_the_loop(overlap):
+    a = dataclasses.replace(presets["edge-ews-64"], overlap=overlap)
+    names = ("ssvq", "vq", "uniform")
+    stacked = merge_equal(stack_formats([FORMATS[name] for name in names]))
+    bandwidth = np.array([1e8, 1e9, 1e10])
+
+    @jax.jit
+    def grid(stacked, bandwidth):
+        def one(layers, bytes_per_s):
+            faster = dataclasses.replace(a, dram_bytes_per_s=bytes_per_s)
+            return cost(layers, faster).network.latency_s
+
+        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(stacked, bandwidth)
+
+    with jax.enable_x64(True):
+        found = np.asarray(grid(stacked, bandwidth))
+    for i, name in enumerate(names):
+        each = [
+            cost(FORMATS[name], dataclasses.replace(a, dram_bytes_per_s=x)).network.latency_s
+            for x in bandwidth
+        ]
+        np.testing.assert_allclose(found[i], each, rtol=1e-12)
+        swept = sweep(FORMATS[name], a, dram_bytes_per_s=bandwidth)
+        np.testing.assert_allclose(swept.latency_s, each, rtol=1e-12)
+    with pytest.raises(ValueError, match="of different workloads"):
+        stack_formats([FORMATS["ssvq"], INT8])
+
+
+def test_sweep_goes_over_every_combination():
+    found = sweep(INT8, TINY, rows=[1, 2, 4], lookups_per_cycle=[1, 2])
+    assert found.latency_s.shape == (3, 2)
+    assert found.compute_cycles.dtype == np.float64
+    by_itself = cost(INT8, dataclasses.replace(TINY, rows=4)).network
+    assert found.compute_cycles[2].tolist() == [by_itself.compute_cycles] * 2
+
+
+SWEPT = ("rows", "columns", "clock_hz", "dram_bytes_per_s", "lookups_per_cycle", "mac_pj")
+
+
+@pytest.mark.parametrize("dataflow", ["ws", "is", "os", "ews"])
+def test_gradients_agree_with_finite_differences(dataflow):
+    """Of the smooth mode, in sign and, as everything is computed in float64, in size."""
+    a = Accelerator("any", 24.0, 40.0, dataflow, dram_bytes_per_s=3e8, vector_ops_per_cycle=4)
+
+    def value(values, sharpness):
+        found = cost(FORMATS["ssvq"], dataclasses.replace(a, **values), sharpness=sharpness)
+        return found.network.latency_s * 1e6 + found.network.energy_j * 1e6
+
+    values = {name: np.float64(getattr(a, name)) for name in SWEPT}
+    with jax.enable_x64(True):
+        gradient = jax.grad(value)(jax.tree.map(jnp.asarray, values), 0.8)
+    assert any(abs(float(x)) > 0 for x in gradient.values())
+    for name, slope in gradient.items():
+        step = 1e-5 * values[name]
+        up, down = (float(value(values | {name: values[name] + x}, 0.8)) for x in (step, -step))
+        assert float(slope) == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-12), name
+
+
+def test_larger_arrays_help_by_gradient_and_in_truth():
+    """Where computing is the limit, the smooth slope for rows has the sign of the exact change."""
+    a = Accelerator("any", 8.0, 8.0, "ws", dram_bytes_per_s=1e12)
+
+    def latency(rows, sharpness=None):
+        found = cost(FORMATS["int8"], dataclasses.replace(a, rows=rows), sharpness=sharpness)
+        return found.network.latency_s
+
+    with jax.enable_x64(True):
+        slope = jax.grad(lambda rows: latency(rows, 0.5))(jnp.asarray(8.0))
+    assert slope < 0
+    assert latency(16.0) < latency(8.0)
+
+
+def test_smooth_rounding_approaches_the_ceiling():
+    exact = cost(FORMATS["ssvq"], presets["edge-ews-64"]).network.latency_s
+    errors = [
+        abs(
+            cost(FORMATS["ssvq"], presets["edge-ews-64"], sharpness=r).network.latency_s / exact - 1
+        )
+        for r in (0.9, 0.99, 0.9999)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="sharpness=1: give 0 to below 1"):
+        cost(INT8, TINY, sharpness=1)
+    with pytest.raises(ValueError, match="accelerator 'tiny': clock_hz=0: give more than 0"):
+        cost(INT8, dataclasses.replace(TINY, clock_hz=0))
+    with pytest.raises(ValueError, match=r"cannot sweep over \['bandwidth'\]"):
+        sweep(INT8, TINY, bandwidth=[1.0])
+    with pytest.raises(ValueError, match="rows=.*give at least 1"):
+        sweep(INT8, TINY, rows=[0, 1])
+    with pytest.raises(ValueError, match="rows: give a list of values"):
+        sweep(INT8, TINY, rows=[])
