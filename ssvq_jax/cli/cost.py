@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.models import LoadedModel
     from ssvq_jax.plan import Plan
 
+_RECIPE = "ssvq-21x"
 _PLAIN = {"int4": 4, "int8": 8, "float16": 16, "float32": 32}
 _UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)  # arrays of a sweep, over the accelerator's own
@@ -34,6 +35,9 @@ class CostCommand:
     weights: Path | None = None
     """A packed .safetensors file instead of a recipe: counts the bytes that it holds, entropy-coded
     ones too, of the model that it is of."""
+    workload: Path | None = None
+    """A JSON file of matrix products instead of a model: {"products": [{"name": "fc", "m": 197,
+    "k": 192, "n": 768, "leaves": ["fc/kernel"]}, ...]}; rules match the leaves."""
     accelerator: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "edge-ews-64"
     """Preset (edge-ews-64, ethos-u55-256, ethos-u65-512, tpu-v5e, scalesim), or your own in a JSON
     or YAML file."""
@@ -95,13 +99,13 @@ class CostCommand:
         if self.bandwidth is not None:
             found = bytes_per_s(self.bandwidth, accelerator.clock_hz)
             accelerator = dataclasses.replace(accelerator, dram_bytes_per_s=found)
-        name, workload, plan, table = self._model()
+        name, workload, shapes, plan, table = self._model()
         layers = with_plan(workload, plan, table)
-        other = self._baseline(workload, plan)
+        other = self._baseline(workload, shapes)
         network, baseline = cost(layers, accelerator).network, cost(other, accelerator).network
         results = {
             "model": name,
-            "format": str(self.weights) if self.weights else self.recipe or "ssvq-21x",
+            "format": str(self.weights or self.recipe or _RECIPE),
             "against": self.against,
             "batch": self.batch,
             "accelerator": accelerator.to_json(),
@@ -121,21 +125,29 @@ class CostCommand:
             results["sweep"] = _sweep(layers, other, accelerator)
         return results
 
-    def _model(self) -> tuple[str, "Workload", "Plan", Any]:
-        """The model's name, what it computes, what its weights are stored in, and their bits."""
+    def _model(self) -> tuple[str, "Workload", Any, "Plan", Any]:
+        """The model's name, what it computes, its parameters' shapes, plan and stored bits."""
         from ssvq_jax.models import load_model
         from ssvq_jax.packing import load
         from ssvq_jax.plan import make_plan
         from ssvq_jax.recipe import load_recipe
 
         if self.weights is None:
-            if self.model is None:
-                raise ValueError("no model: give --model NAME, --model module:function, or "
-                                 "--weights with a packed file")  # fmt: skip
-            model = load_model(self.model, classes=self.classes, scan=self.scan)
-            workload, shapes = self._workload(model, model.image_shape(*self._sizes()))
-            plan = make_plan(shapes, load_recipe(self.recipe or "ssvq-21x"))
-            return self.model, workload, plan, None
+            if self.workload is not None:
+                name, (workload, shapes) = str(self.workload), self._by_hand(self.workload)
+            elif self.model is not None:
+                name, model = (
+                    self.model,
+                    load_model(self.model, classes=self.classes, scan=self.scan),
+                )
+                workload, shapes = self._read(model, model.image_shape(*self._sizes()))
+            else:
+                raise ValueError(
+                    "no model: give --model NAME, --model module:function, --weights with a "
+                    "packed file, or --workload with a list of layers"
+                )
+            plan = make_plan(shapes, load_recipe(self.recipe or _RECIPE))
+            return name, workload, shapes, plan, None
         if self.recipe is not None:
             raise ValueError(
                 "--recipe and --weights: a packed file has its own plan, leave one out"
@@ -151,12 +163,38 @@ class CostCommand:
             height, width, channels = told["image_shape"]
         else:
             height, width, channels = model.image_shape(*self._sizes())
-        return name, self._workload(model, (height, width, channels))[0], plan, table
+        workload, shapes = self._read(model, (height, width, channels))
+        return name, workload, shapes, plan, table
+
+    def _by_hand(self, path: Path) -> tuple["Workload", Any]:
+        """A workload from a file, and the shapes of the leaves that feed its products."""
+        import json
+
+        import jax
+
+        from ssvq_jax.hardware import Workload
+
+        if self.model is not None or self.batch != 1:
+            raise ValueError("--workload has its own sizes: leave --model and --batch out")
+        try:
+            workload = Workload.from_json(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"workload file '{path}': {error}") from None
+        shapes: dict[str, tuple[int, ...]] = {
+            path: (size,) for path, size in workload.leaves.items()
+        }
+        for product in workload.products:
+            lead = () if product.count * product.rounds == 1 else (product.count * product.rounds,)
+            for leaf in product.leaves if len(product.leaves) == 1 else ():
+                shapes[leaf] = (*lead, product.k, product.n)
+        return workload, {
+            path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()
+        }
 
     def _sizes(self) -> tuple[int | None, int | None]:
         return self.image_size, self.channels
 
-    def _workload(
+    def _read(
         self, model: "LoadedModel", image_shape: tuple[int, int, int]
     ) -> tuple["Workload", Any]:
         """What the model computes, and the shapes of its parameters."""
@@ -170,18 +208,16 @@ class CostCommand:
         params = variables.pop("params")
         images = jax.ShapeDtypeStruct((self.batch, *image_shape), jnp.float32)
         forward = linen_forward(model.module)
-        workload = read_workload(
-            lambda params, state, images: forward(params, state, images, None)[0],
-            params,
-            variables,
-            images,
-        )
-        return workload, params
 
-    def _baseline(self, workload: "Workload", plan: "Plan") -> "Layers":
+        def logits(params: Any, state: Any, images: Any) -> Any:
+            return forward(params, state, images, None)[0]
+
+        return read_workload(logits, params, variables, images), params
+
+    def _baseline(self, workload: "Workload", shapes: Any) -> "Layers":
         from ssvq_jax.hardware import with_bits, with_plan
-        from ssvq_jax.plan import Plan
-        from ssvq_jax.recipe import load_recipe, recipe_to_json
+        from ssvq_jax.plan import make_plan
+        from ssvq_jax.recipe import load_recipe
 
         if self.against in _PLAIN:
             return with_bits(workload, _PLAIN[self.against])
@@ -189,9 +225,7 @@ class CostCommand:
             recipe = load_recipe(self.against)
         except ValueError as error:
             raise ValueError(f"against: {error}; or one of {sorted(_PLAIN)}") from None
-        leaves = plan.to_json()["leaves"]
-        other = Plan.from_json({"recipe": recipe_to_json(recipe), "leaves": leaves})
-        return with_plan(workload, other)
+        return with_plan(workload, make_plan(shapes, recipe))
 
 
 def bytes_per_s(text: str, clock_hz: float) -> float:

@@ -78,10 +78,10 @@ class Accelerator:
         overlap: what waits for what. ``ideal``: transfers of the whole network run ahead.
             ``one_ahead``: the weights of a layer come while the layer before it computes.
             ``serial``: a layer's transfers come first, then it computes.
-        activations: ``on_chip`` between layers; ``spilled`` to DRAM; ``automatic``: spilled where
-            they do not fit in their buffer.
-        weights: ``streamed`` from DRAM in every call; ``resident`` in the buffer; ``automatic``:
-            resident if all weights of the network fit.
+        activations: ``on_chip`` between layers, whether they fit or not; ``spilled`` to DRAM;
+            ``automatic``: spilled where they do not fit both buffers that they pass.
+        weights: ``streamed`` from DRAM in every call; ``resident`` in the buffer, whether they fit
+            or not; ``automatic``: resident if all weights of the network fit.
         partial_sums: ``on_chip``, or ``spilled`` to DRAM between folds.
         mac_pj: energy of a multiplication and its addition.
         vector_op_pj: energy of an operation outside of products.
@@ -145,6 +145,9 @@ class Accelerator:
     def to_json(self) -> dict[str, Any]:
         """Writes it as plain data; keys carry the units.
 
+        Returns:
+            Fields and their values.
+
         Raises:
             ValueError: if a number is an array (a sweep is no single accelerator).
         """
@@ -166,6 +169,12 @@ class Accelerator:
     def from_json(data: Mapping[str, Any]) -> "Accelerator":
         """Reads it from plain data.
 
+        Args:
+            data: fields and their values.
+
+        Returns:
+            The accelerator.
+
         Raises:
             ValueError: for a missing or unknown key, one without its unit, or a value out of range.
 
@@ -182,6 +191,12 @@ class Accelerator:
         for key in ("name", "source"):
             if not isinstance(data.get(key, ""), str):
                 raise ValueError(f"accelerator: {key}={data[key]!r}: give text")
+        for key in NUMBERS:
+            value = data.get(key, 1)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"accelerator '{name}': {key}={value!r}: give a number")
+            if key in _WHOLE and isinstance(value, float) and value % 1 > 0:
+                raise ValueError(f"accelerator '{name}': {key}={value}: give a whole number")
         accelerator = Accelerator(**data)
         accelerator.check()
         return accelerator
@@ -192,7 +207,7 @@ def _check_number(owner: str, name: str, value: Any) -> None:
         return
     try:
         numbers = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = np.asarray(np.nan)
     if isinstance(value, str | bool) or not np.all(np.isfinite(numbers)):
         raise ValueError(f"{owner}: {name}={value!r}: give a number")

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
 from jax.core import Tracer
 
 LARGEST = 2**53  # beyond it float64 skips integers
@@ -41,6 +40,6 @@ def check_keys(
         raise ValueError(f"{owner}: the key '{key}' is unknown; {hint}")
 
 
-def is_concrete(value: Any) -> bool:
-    """Whether a number is known: neither traced nor an array of several."""
-    return not isinstance(value, Tracer) and np.ndim(value) == 0
+def is_known(value: Any) -> bool:
+    """Whether a value is known: not traced."""
+    return not isinstance(value, Tracer)

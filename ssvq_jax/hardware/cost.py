@@ -3,10 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
-from ssvq_jax.hardware.accelerator import Accelerator
+from ssvq_jax.hardware.accelerator import NUMBERS, Accelerator
+from ssvq_jax.hardware.checks import is_known
 from ssvq_jax.hardware.dataflow import map_product
-from ssvq_jax.hardware.energy import energy
+from ssvq_jax.hardware.energy import edges_sram_pj, energy
 from ssvq_jax.hardware.exact import Count, in_float64
 from ssvq_jax.hardware.layers import Layers
 from ssvq_jax.hardware.memory import Traffic, edges, latency, traffic
@@ -15,7 +17,7 @@ BOUNDS = ("compute", "dram", "decode", "vector")
 
 
 class LayerCosts(NamedTuple):
-    """Costs of every layer ``[layers]``, of all its ``count`` products.
+    """Costs of every layer ``[layers]``, of all its ``count`` products in one round.
 
     Attributes:
         macs: multiplications.
@@ -102,10 +104,11 @@ class NetworkCost(NamedTuple):
     energy_j: Count
 
     @property
-    def bound(self) -> str:
+    def bound(self) -> Any:
         """What takes longest: ``compute``, ``dram``, ``decode`` or ``vector``."""
-        cycles = [float(getattr(self, f"{name}_cycles")) for name in BOUNDS]
-        return BOUNDS[cycles.index(max(cycles))]
+        cycles = np.stack([np.asarray(getattr(self, f"{name}_cycles")) for name in BOUNDS])
+        names = np.array(BOUNDS)[np.argmax(cycles, axis=0)]
+        return names if np.ndim(names) else str(names)
 
 
 class Cost(NamedTuple):
@@ -125,7 +128,7 @@ def cost(layers: Layers, accelerator: Accelerator, *, sharpness: int | float | N
 
     Args:
         layers: the network and the formats of its weights, from `with_plan` or `with_bits`.
-        accelerator: what it runs on.
+        accelerator: a single one that it runs on; for several, `sweep` or `jax.vmap`.
         sharpness: None for exact counts; 0 to below 1 rounds smoothly instead
             (`ssvq_jax.hardware.dataflow.smooth_ceil`), so that gradients for array sizes are not
             zero. What fits a buffer is decided exactly in either case.
@@ -144,7 +147,11 @@ def cost(layers: Layers, accelerator: Accelerator, *, sharpness: int | float | N
         ('dram', '0.000280')
     """
     accelerator.check()
-    if sharpness is not None and not 0 <= sharpness < 1:
+    several = [name for name in NUMBERS if np.ndim(getattr(accelerator, name))]
+    if several or np.ndim(layers.repeats) != 1:
+        what = f"{several} of accelerator '{accelerator.name}'" if several else "the layers"
+        raise ValueError(f"{what} have an axis too many: use sweep, or jax.vmap over it")
+    if sharpness is not None and is_known(sharpness) and not 0 <= sharpness < 1:
         raise ValueError(f"sharpness={sharpness}: give 0 to below 1, or None for exact counts")
     return _cost(layers, accelerator, sharpness)
 
@@ -159,7 +166,7 @@ def _cost(layers: Layers, a: Accelerator, sharpness: Any) -> Cost:
     per_byte = a.clock_hz / a.dram_bytes_per_s
     macs = m * k * n * count
     peak = a.rows * a.columns * a.arrays
-    decode_cycles = moved.lookups / a.lookups_per_cycle
+    decode_cycles = (moved.lookups + moved.coded_numbers) / a.lookups_per_cycle
     dram_cycles = moved.dram_bytes * per_byte
     each = LayerCosts(
         macs=macs,
@@ -171,7 +178,7 @@ def _cost(layers: Layers, a: Accelerator, sharpness: Any) -> Cost:
         cycles=jnp.maximum(jnp.maximum(runs.cycles, dram_cycles), decode_cycles),
         utilization=macs / (runs.cycles * peak),
         weight_dram_bytes=moved.weight_dram_bytes,
-        activation_dram_bytes=moved.input_dram_bytes + moved.output_dram_bytes,
+        activation_dram_bytes=moved.activation_dram_bytes,
         sram_bytes=moved.input_sram_bytes + moved.weight_sram_bytes + moved.output_sram_bytes,
         mac_pj=spent.mac_pj,
         sram_pj=spent.sram_pj,
@@ -197,10 +204,11 @@ def _network(layers: Layers, each: LayerCosts, moved: Traffic, a: Accelerator) -
 
     macs, moved_bytes = total(each.macs), total(moved.dram_bytes) + outside.dram_bytes
     per_byte, peak = a.clock_hz / a.dram_bytes_per_s, a.rows * a.columns * a.arrays
+    sram_pj = total(each.sram_pj) + edges_sram_pj(outside, a)
     dram_pj = total(each.dram_pj) + 8 * outside.dram_bytes * a.dram_pj_per_bit
     joules = {
         "mac_j": total(each.mac_pj) * 1e-12,
-        "sram_j": total(each.sram_pj) * 1e-12,
+        "sram_j": sram_pj * 1e-12,
         "dram_j": dram_pj * 1e-12,
         "decode_j": total(each.decode_pj) * 1e-12,
         "vector_j": layers.operations * a.vector_op_pj * 1e-12,

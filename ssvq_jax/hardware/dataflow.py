@@ -17,12 +17,14 @@ overlapped loads as in ZigZag (Mei et al., IEEE Transactions on Computers 2021);
 stationary is our reading of the description in arXiv 2503.08668, section 4.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from ssvq_jax.hardware.accelerator import Accelerator
-from ssvq_jax.hardware.checks import LARGEST, is_concrete
+from ssvq_jax.hardware.checks import LARGEST, is_known
 from ssvq_jax.hardware.exact import Count, Number, in_float64
 
 
@@ -112,9 +114,13 @@ def gemm_cost(M: Number, K: Number, N: Number, accelerator: Accelerator) -> Gemm
         (104975, 0.8107)
     """
     accelerator.check()
-    for name, size in (("M", M), ("K", K), ("N", N)):
-        if is_concrete(size) and not 1 <= size <= LARGEST:
+    known = {name: x for name, x in (("M", M), ("K", K), ("N", N)) if is_known(x)}
+    for name, size in known.items():
+        if not np.all((np.asarray(size) >= 1) & (np.asarray(size) <= LARGEST)):
             raise ValueError(f"{name}={size}: a product needs sizes of at least 1, at most 2^53")
+    macs = math.prod(float(np.max(size)) for size in known.values())
+    if macs > LARGEST:
+        raise ValueError(f"M·N·K={macs:.3g}: counts are exact to 2^53 only; cut the product")
     return _gemm_cost(M, K, N, accelerator)
 
 
@@ -161,7 +167,9 @@ def map_product(
     def ceil(size: Count, step: Count) -> Count:
         return jnp.ceil(size / step) if sharpness is None else smooth_ceil(size, step, sharpness)
 
-    held = a.pe_rows * a.pe_columns
+    several = a.dataflow == "ews"
+    pe_rows, pe_columns = (a.pe_rows, a.pe_columns) if several else (1.0, 1.0)
+    held = pe_rows * pe_columns
     # Sizes along the array's rows and columns, and over time; cycles to load what stays.
     across, along, stream, load = {
         "ws": (k, n, m, a.rows),
@@ -169,9 +177,11 @@ def map_product(
         "is": (k, m, n, a.rows),
         "os": (m, n, k, jnp.zeros_like(a.rows)),
     }[a.dataflow]
-    row_folds = ceil(across, a.rows * a.pe_rows)
-    column_folds = ceil(along, a.columns * a.pe_columns)
-    folds = ceil(count * row_folds * column_folds, a.arrays)
+    row_folds = ceil(across, a.rows * pe_rows)
+    column_folds = ceil(along, a.columns * pe_columns)
+    folds = count * row_folds * column_folds / a.arrays
+    # Smooth folds are smooth enough: of their share only what is less than one is rounded.
+    folds = jnp.ceil(folds) if sharpness is None else jnp.maximum(folds, 1.0)
     drain = a.rows + a.columns - 2
     one = jnp.ones_like(row_folds * column_folds)
     if a.overlapped_load:

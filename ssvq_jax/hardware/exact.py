@@ -24,10 +24,9 @@ def in_float64(function: Function) -> Function:
     """
 
     @functools.wraps(function)
-    def exact(*args: Any, **kwargs: Any) -> Any:
+    def exact(*args: Any) -> Any:
         with jax.enable_x64(True):
-            args, kwargs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (args, kwargs))
-            results = function(*args, **kwargs)
+            results = function(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), args))
             if any(isinstance(x, Tracer) for x in jax.tree.leaves(results)):
                 return results
             return jax.tree.map(np.asarray, results)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ssvq_jax.bits import BitsTable
-from ssvq_jax.entries import Entry
+from ssvq_jax.hardware.formats import Format, plan_formats
 from ssvq_jax.hardware.workload import Product, Workload
 from ssvq_jax.plan import Plan
 
@@ -37,7 +37,14 @@ _COLUMNS = (
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "other_weight_bytes", "operations", "repeats", "pairs"],
+    data_fields=[
+        "columns",
+        "other_weight_bytes",
+        "all_weight_bytes",
+        "operations",
+        "repeats",
+        "pairs",
+    ],
     meta_fields=["names", "last"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +63,21 @@ class Layers:
             ``coded_numbers`` to be entropy-decoded, ``lookups`` to decode every weight once; and
             ``largest_table_bytes``, from which they are looked up.
         other_weight_bytes: parameters that feed no product: biases, norms, positions, and of
-            embedding tables the rows that are looked up.
+            embedding tables the rows that are looked up. How they are decoded is not counted.
+        all_weight_bytes: all parameters as they lie in the weight buffer, each once: what must fit
+            if they are to stay there.
         operations: arithmetic outside of the products.
-        repeats: how many equal layers each stands for ``[layers]``.
-        pairs: neighbours, as (layer, next layer, how often), ``[pairs, 3]``.
+        repeats: how many equal layers each stands for ``[layers]``: rounds of a loop, and what
+            `merge_equal` puts together.
+        pairs: neighbours, as (layer, next layer, how often), ``[pairs, 3]``; products in a row with
+            equal rounds are taken for the body of one loop. The first is that of the first layer.
         last: which layer is the network's last; the first is the first.
     """
 
     names: tuple[str, ...]
     columns: dict[str, Any]
     other_weight_bytes: Any
+    all_weight_bytes: Any
     operations: Any
     repeats: Any
     pairs: Any
@@ -96,7 +108,13 @@ def with_plan(workload: Workload, plan: Plan, table: BitsTable | None = None) ->
         >>> layers.columns["weight_bytes"].tolist(), layers.columns["lookups"].tolist()
         ([768.0], [512.0])
     """
-    formats = _formats(plan, plan.bits() if table is None else table)
+    formats = plan_formats(plan, plan.bits() if table is None else table)
+    own = {path for path, leaf in formats.items() if leaf.weights}
+    if workload.leaves and own - set(workload.leaves):
+        raise ValueError(
+            f"the plan has the leaf '{min(own - set(workload.leaves))}', which the model has not: "
+            "make the plan for this model"
+        )
     for path, size in workload.leaves.items():
         if path not in formats:
             raise ValueError(
@@ -136,28 +154,53 @@ def with_bits(workload: Workload, bits: int | float, other_bits: int | float = 3
             raise ValueError(f"{name}={value}: give more than 0, and at most 64")
     feeding = {path for product in workload.products for path in product.leaves}
     formats = {
-        path: _Format.plain(size, size * (bits if path in feeding else other_bits) / 8)
+        path: Format.plain(size, size * (bits if path in feeding else other_bits) / 8)
         for path, size in workload.leaves.items()
     }
     for product in workload.products:
         for path in set(product.leaves) - set(formats):  # of a list written by hand
-            formats[path] = _Format.plain(product.weights, product.weights * bits / 8)
+            formats[path] = Format.plain(product.weights, product.weights * bits / 8)
     return _layers(workload, formats)
 
 
 def stack_formats(formats: Sequence[Layers]) -> Layers:
     """Puts formats of one workload on a leading axis, for `jax.vmap` over recipes.
 
+    Args:
+        formats: what `with_plan` and `with_bits` made of one workload.
+
+    Returns:
+        All of them; their arrays have the axis of the formats first.
+
     Raises:
-        ValueError: if they are of different workloads.
+        ValueError: if there are none, or they are of different workloads.
     """
-    if len({(layers.names, layers.last) for layers in formats}) != 1:
-        raise ValueError("the formats are of different workloads: stack those of one workload")
+    if not formats:
+        raise ValueError("no formats to stack: give at least one")
+    for other in formats[1:]:
+        if not _same_work(formats[0], other):
+            raise ValueError("the formats are of different workloads: stack those of one workload")
     return jax.tree.map(lambda *arrays: np.stack(arrays), *formats)
 
 
+def _same_work(one: Layers, other: Layers) -> bool:
+    """Whether two differ in nothing but formats."""
+    sizes = ("m", "k", "n", "count", "inputs", "is_weight")
+    arrays = [(one.columns[name], other.columns[name]) for name in sizes]
+    arrays += [(one.repeats, other.repeats), (one.pairs, other.pairs)]
+    same = (one.names, one.last) == (other.names, other.last)
+    return same and all(np.array_equal(x, y) for x, y in arrays)
+
+
 def merge_equal(layers: Layers) -> Layers:
-    """Lets one layer stand for all equal ones: sweeps then compute it once. Costs do not change."""
+    """Lets one layer stand for all equal ones: sweeps then compute it once. Costs do not change.
+
+    Args:
+        layers: of one format, or of several on leading axes.
+
+    Returns:
+        The distinct layers, in the order in which they first come.
+    """
     rows = np.stack([layers.columns[name] for name in _COLUMNS], axis=-1)  # [..., layers, columns]
     lead = rows.shape[:-2]
     by_layer = np.moveaxis(rows, -2, 0).reshape(len(layers.names), -1)
@@ -175,6 +218,7 @@ def merge_equal(layers: Layers) -> Layers:
         names=tuple(layers.names[i] for i in kept),
         columns={name: layers.columns[name][..., kept] for name in _COLUMNS},
         other_weight_bytes=layers.other_weight_bytes,
+        all_weight_bytes=layers.all_weight_bytes,
         operations=layers.operations,
         repeats=np.broadcast_to(repeats, (*lead, *repeats.shape)),
         pairs=np.broadcast_to(joined, (*lead, *joined.shape)),
@@ -182,62 +226,7 @@ def merge_equal(layers: Layers) -> Layers:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Format:
-    """How the weights of a leaf are stored."""
-
-    weights: int
-    buffer_bytes: float
-    coded_bytes: float
-    table_bytes: float = 0.0
-    coded_numbers: float = 0.0
-    lookups: float = 0.0
-    largest_table_bytes: float = 0.0
-
-    @staticmethod
-    def plain(weights: int, stored_bytes: float) -> "_Format":
-        """Numbers that are used as they are stored."""
-        return _Format(weights, stored_bytes, stored_bytes)
-
-
-def _formats(plan: Plan, table: BitsTable) -> dict[str, _Format]:
-    stored = {row.name: row.bits for row in table.rows}
-    missing = {leaf.path for leaf in plan.leaves if leaf.path not in plan.compressed}
-    missing = (missing | {entry.name for entry in plan.entries}) - set(stored)
-    if missing:
-        raise ValueError(f"the table of bits lacks {sorted(missing)}: it is of another plan")
-    formats = {}
-    for entry in plan.entries:
-        formats |= _entry_formats(entry, stored[entry.name])
-    for leaf in plan.leaves:
-        if leaf.path not in plan.compressed:
-            formats[leaf.path] = _Format.plain(leaf.size, sum(stored[leaf.path].values()) / 8)
-    return formats
-
-
-def _entry_formats(entry: Entry, bits: Mapping[str, int]) -> dict[str, _Format]:
-    """Formats of an entry's leaves; what leaves share is divided by their sizes."""
-    streams = entry.storage.streams
-    numbers = [stream for stream in streams if stream.values is not None]
-    tables = [stream for stream in streams if stream.values is None]
-    coded = [stream for stream in numbers if bits[stream.field] != 8 * stream.bytes]
-    total = sum(leaf.size for leaf in entry.leaves)
-    formats = {}
-    for leaf in entry.leaves:
-        share = leaf.size / total
-        formats[leaf.path] = _Format(
-            leaf.size,
-            buffer_bytes=share * sum(stream.bytes for stream in numbers),
-            coded_bytes=share * sum(bits[stream.field] for stream in numbers) / 8,
-            table_bytes=share * sum(bits[stream.field] for stream in tables) / 8,
-            coded_numbers=share * sum(stream.count for stream in coded),
-            lookups=share * sum(stream.count * stream.lookups for stream in numbers),
-            largest_table_bytes=float(max((x.slice_bytes for x in tables), default=0)),
-        )
-    return formats
-
-
-def _layers(workload: Workload, formats: Mapping[str, _Format]) -> Layers:
+def _layers(workload: Workload, formats: Mapping[str, Format]) -> Layers:
     if not workload.products:
         raise ValueError("the workload has no product: nothing for an array to do")
     rows = [_row(product, formats) for product in workload.products]
@@ -247,20 +236,36 @@ def _layers(workload: Workload, formats: Mapping[str, _Format]) -> Layers:
         if path not in feeding:
             share = workload.gathered.get(path, size) / size
             other += share * formats[path].coded_bytes + formats[path].table_bytes
-    count = len(rows)
-    pairs = [[i, i + 1, 1] for i in range(count - 1)]
+    rounds = [product.rounds for product in workload.products]
+    held = sum(x.buffer_bytes + x.table_bytes for x in formats.values())
     return Layers(
         names=tuple(product.name for product in workload.products),
         columns={name: np.array([row[name] for row in rows], np.float64) for name in _COLUMNS},
         other_weight_bytes=np.float64(other),
+        all_weight_bytes=np.float64(held),
         operations=np.float64(sum(workload.operations.values())),
-        repeats=np.ones(count),
-        pairs=np.array(pairs, np.float64).reshape(-1, 3),
-        last=count - 1,
+        repeats=np.array(rounds, np.float64),
+        pairs=np.array(_pairs(rounds), np.float64).reshape(-1, 3),
+        last=len(rows) - 1,
     )
 
 
-def _row(product: Product, formats: Mapping[str, _Format]) -> dict[str, float]:
+def _pairs(rounds: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Which product follows which, and how often."""
+    pairs, begin = [], 0
+    for i, often in enumerate(rounds):
+        if i + 1 < len(rounds) and rounds[i + 1] == often:
+            pairs.append((i, i + 1, often))
+            continue
+        if often > 1:  # the end of a loop's body, and its beginning
+            pairs.append((i, begin, often - 1))
+        if i + 1 < len(rounds):
+            pairs.append((i, i + 1, 1))
+        begin = i + 1
+    return pairs
+
+
+def _row(product: Product, formats: Mapping[str, Format]) -> dict[str, float]:
     row = dict.fromkeys(_COLUMNS, 0.0) | {
         "m": float(product.m),
         "k": float(product.k),

@@ -1,6 +1,7 @@
 """Accelerators by name, and from files."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from ssvq_jax.atomic import replace_text
 from ssvq_jax.hardware.accelerator import Accelerator
 
 _MIB = 1024 * 1024
+_EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+")
 
 presets: Mapping[str, Accelerator] = {
     accelerator.name: accelerator
@@ -45,8 +47,8 @@ presets: Mapping[str, Accelerator] = {
             weights="streamed",
             source=(
                 "256 MACs a cycle at 500 MHz, weights in flash at 0.5 GB/s: the configuration "
-                "'high end embedded' of Arm's compiler Vela. The unit is no systolic array and has "
-                "no codebook decoder: this is one like it, with both."
+                "'high end embedded' of Arm's compiler Vela. The unit is no systolic array, "
+                "and compresses weights in a way of its own: this is one like it, with a decoder."
             ),
         ),
         Accelerator(
@@ -63,7 +65,7 @@ presets: Mapping[str, Accelerator] = {
             weights="streamed",
             source=(
                 "512 MACs a cycle at 1 GHz, weights in DRAM at 3.75 GB/s: the configuration 'high "
-                "end' of Arm's compiler Vela. No systolic array either, and no codebook decoder."
+                "end' of Arm's compiler Vela. No systolic array either; see ethos-u55-256."
             ),
         ),
         Accelerator(
@@ -85,7 +87,7 @@ presets: Mapping[str, Accelerator] = {
             source=(
                 "Google's published 393 int8 TOPS and 819 GB/s of HBM2: four 128 x 128 arrays at "
                 "twice the rate for int8, here as eight. Weights lie in HBM between calls. A "
-                "gather unit of 1024 look-ups a cycle is assumed; it has none for codebooks."
+                "gather unit of 1024 look-ups a cycle is assumed."
             ),
         ),
         Accelerator(
@@ -135,7 +137,11 @@ def load_accelerator(name_or_file: str | Path) -> Accelerator:
 
 
 def save_accelerator(accelerator: Accelerator, path: Path) -> None:
-    """Writes an accelerator to a ``.json``, ``.yaml`` or ``.yml`` file.
+    """Writes an accelerator to a file, for `load_accelerator`.
+
+    Args:
+        accelerator: a single one.
+        path: a ``.json``, ``.yaml`` or ``.yml`` file.
 
     Raises:
         ValueError: for another ending, or a sweep of accelerators.
@@ -144,7 +150,9 @@ def save_accelerator(accelerator: Accelerator, path: Path) -> None:
 
     data = accelerator.to_json()
     if _is_yaml(path):
-        replace_text(path, yaml.safe_dump(data, sort_keys=False))
+        replace_text(
+            path, yaml.dump(data, Dumper=_with_exponents(yaml.SafeDumper), sort_keys=False)
+        )
     else:
         replace_text(path, json.dumps(data, indent=1) + "\n")
 
@@ -155,19 +163,17 @@ def _read(path: Path) -> Any:
     if not _is_yaml(path):
         return json.loads(path.read_text())
     try:
-        data = yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), Loader=_with_exponents(yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML ({error})") from None
-    if isinstance(data, dict):  # YAML 1.1 reads 1e9 as text
-        return {key: _number(x) if isinstance(x, str) else x for key, x in data.items()}
-    return data
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not YAML ({reason})") from None
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _with_exponents(kind: Any) -> Any:
+    """A reader or writer to whom 1e9 is a number: to YAML 1.1 it is text."""
+    own = type("Own", (kind,), {})
+    own.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return own
 
 
 def _is_yaml(path: Path) -> bool:

@@ -119,7 +119,7 @@ class Work:
         """Gives the work of all rounds of a loop."""
         if not rounds:
             return Work()
-        products = [dataclasses.replace(x, count=x.count * rounds) for x in self.products]
+        products = [dataclasses.replace(x, rounds=x.rounds * rounds) for x in self.products]
         operations, gathered = (
             collections.Counter({key: number * rounds for key, number in counter.items()})
             for counter in (self.operations, self.gathered)

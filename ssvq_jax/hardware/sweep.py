@@ -15,6 +15,8 @@ from ssvq_jax.hardware.layers import Layers, merge_equal
 def sweep(layers: Layers, accelerator: Accelerator, **values: Any) -> NetworkCost:
     """Counts what a network costs for every combination of an accelerator's numbers.
 
+    It compiles by itself: call it outside of `jax.jit`.
+
     Args:
         layers: the network and the formats of its weights.
         accelerator: everything that is not swept.

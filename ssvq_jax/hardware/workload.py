@@ -11,7 +11,7 @@ _COUNTS = ("operations", "leaves", "gathered")
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Equal matrix products ``[M, K] x [K, N]``, done one after the other.
+    """Equal matrix products ``[M, K] x [K, N]``.
 
     A convolution is one of ``[batch · output pixels, window · channels] x [.., outputs]`` for each
     of its groups.
@@ -21,7 +21,10 @@ class Product:
         m: M, rows of the input: tokens, or output pixels.
         k: K, summed over.
         n: N, outputs.
-        count: how many there are: heads, groups, rounds of a loop.
+        count: how many there are side by side, all of whose operands are there at once: heads,
+            groups of a convolution.
+        rounds: how often that is done, one after the other: the layers of a scan. A weight that a
+            loop uses in every round comes from DRAM in every round, unless it stays in its buffer.
         leaves: paths of the leaves that ``[K, N]`` is made of; none if it is an activation, too.
         input_elements: different numbers in ``[M, K]``: fewer than M·K where the windows of a
             convolution overlap. By default M·K.
@@ -32,20 +35,23 @@ class Product:
     k: int
     n: int
     count: int = 1
+    rounds: int = 1
     leaves: tuple[str, ...] = ()
     input_elements: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("m", "k", "n", "count"):
+        if not isinstance(self.name, str) or not all(isinstance(x, str) for x in self.leaves):
+            raise ValueError(f"product {self.name!r} with leaves {self.leaves!r}: give text")
+        for name in ("m", "k", "n", "count", "rounds"):
             check_size(f"product '{self.name}'", name, getattr(self, name))
         if self.input_elements is not None:
             check_size(f"product '{self.name}'", "input_elements", self.input_elements)
-        check_size(f"product '{self.name}'", "M·N·K·count", self.macs)
+        check_size(f"product '{self.name}'", "M·N·K·count·rounds", self.macs)
 
     @property
     def macs(self) -> int:
-        """Multiplications, of all ``count``."""
-        return self.m * self.k * self.n * self.count
+        """Multiplications, of all ``count`` and ``rounds``."""
+        return self.m * self.k * self.n * self.count * self.rounds
 
     @property
     def inputs(self) -> int:
@@ -54,7 +60,7 @@ class Product:
 
     @property
     def weights(self) -> int:
-        """Numbers in all ``count`` operands ``[K, N]``."""
+        """Numbers in the ``count`` operands ``[K, N]`` of a round."""
         return self.k * self.n * self.count
 
 
@@ -77,6 +83,17 @@ class Workload:
     operations: Mapping[str, int] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, int] = dataclasses.field(default_factory=dict)
     gathered: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for field in _COUNTS:
+            for name, number in getattr(self, field).items():
+                check_size(f"{field} of the workload", name, number)
+        for name, number in self.gathered.items():
+            if number > self.leaves.get(name, 0):
+                raise ValueError(
+                    f"gathered of the workload: {number} of leaf '{name}', which has "
+                    f"{self.leaves.get(name, 'no')} weights"
+                )
 
     @property
     def macs(self) -> int:
@@ -111,12 +128,17 @@ class Workload:
         check_keys("workload", data, needs={"products"}, knows=_COUNTS)
         known = {field.name for field in dataclasses.fields(Product)}
         needed = {"name", "m", "k", "n"}
+        if not isinstance(data["products"], list):
+            raise ValueError("workload: products must be a list")
         products = []
         for i, entry in enumerate(data["products"]):
             check_keys(f"product {i} of the workload", entry, needs=needed, knows=known)
-            products.append(Product(**entry | {"leaves": tuple(entry.get("leaves", ()))}))
-        counts = {name: dict(data.get(name, {})) for name in _COUNTS}
+            leaves = entry.get("leaves", [])
+            if not isinstance(leaves, list):
+                raise ValueError(f"product {i} of the workload: leaves must be a list")
+            products.append(Product(**{**entry, "leaves": tuple(leaves)}))
+        counts = {name: data.get(name, {}) for name in _COUNTS}
         for name, numbers in counts.items():
-            for key, number in numbers.items():
-                check_size(f"{name} of the workload", key, number)
+            if not isinstance(numbers, Mapping):
+                raise ValueError(f"workload: {name} must be a mapping from names to numbers")
         return Workload(tuple(products), **counts)

@@ -17,21 +17,14 @@ def print_cost(results: Mapping[str, Any]) -> None:
         results: what `ssvq cost` writes.
     """
     columns = (
-        "layer",
-        "M x K x N",
-        "MACs",
-        "compute",
-        "dram",
-        "decode",
-        "used",
-        "weights",
-        "pJ/MAC",
-    )
+        "layer", "times", "M x K x N", "MACs", "compute cycles", "DRAM cycles", "decode cycles",
+        "utilized", "weight bytes", "pJ/MAC",
+    )  # fmt: skip
     rows: list[Sequence[str]] = [_layer(layer) for layer in results["distinct_layers"]]
     accelerator = results["accelerator"]
     title = (
         f"{results['model']} with {results['format']}, batch {results['batch']}, on "
-        f"{accelerator['name']}: cycles of each layer, its weights from DRAM in bytes"
+        f"{accelerator['name']}: every layer, its weights as they come from DRAM"
     )
     print_table(title, columns, rows)
     sides = {results["format"]: results["network"], results["against"]: results["baseline"]}
@@ -45,11 +38,11 @@ def print_cost(results: Mapping[str, Any]) -> None:
         "energy",
     )
     print_table("one call of the network", columns, [_network(n, x) for n, x in sides.items()])
-    fewer = results["weight_bytes_ratio"]
+    ratio = results["weight_bytes_ratio"]
     print(
         f"{results['format']} against {results['against']}: {results['speed_up']:.2f}x the speed, "
-        f"{results['energy_ratio']:.2f}x less energy, "
-        + ("no weights from DRAM" if fewer is None else f"{fewer:.2f}x fewer bytes of weights")
+        f"{1 / results['energy_ratio']:.2f}x the energy, "
+        + ("no weights from DRAM" if ratio is None else f"{1 / ratio:.2f}x the bytes of weights")
     )
     print(
         f"{accelerator['name']}: {accelerator['source']}\n"
@@ -157,11 +150,11 @@ def _title(results: Mapping[str, Any], what: str) -> str:
 
 
 def _layer(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    repeats = f" (and {layer['repeats'] - 1:.0f} like it)" if layer["repeats"] > 1 else ""
     count = f"{layer['count']:.0f} x " if layer["count"] > 1 else ""
     picojoule = sum(layer[f"{part}_pj"] for part in ("mac", "sram", "dram", "decode"))
     return (
-        f"{layer['name']}{repeats}",
+        layer["name"],
+        f"{layer['repeats']:.0f}",
         f"{count}{layer['m']:.0f} x {layer['k']:.0f} x {layer['n']:.0f}",
         *(f"{layer[key]:,.0f}" for key in
           ("macs", "compute_cycles", "dram_cycles", "decode_cycles")),

@@ -16,6 +16,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """
     from rich.console import Console
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(title=escape(title), title_justify="left")
@@ -28,7 +29,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
             table.add_section()
     console = Console()
     if not console.is_terminal:  # a pipe or log has no width: do not cut
-        console = Console(width=140)
+        wide = Console(width=1000)
+        console = Console(width=max(140, Measurement.get(wide, wide.options, table).maximum))
     console.print(table)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssvq_jax import SignSplit, Uniform, Vector, make_plan
+from ssvq_jax import Rule, SignSplit, Uniform, Vector, hardware, load_recipe, make_plan
 from ssvq_jax.hardware import (
     Accelerator,
     Product,
@@ -15,12 +15,14 @@ from ssvq_jax.hardware import (
     cost,
     merge_equal,
     presets,
+    read_workload,
     stack_formats,
     sweep,
     with_bits,
     with_plan,
 )
 from ssvq_jax.hardware.energy import sram_pj_per_bit
+from ssvq_jax.models import create, param_shapes
 
 # 2 x 2 PEs at 1 Hz, a byte a second: cycles are bytes are seconds.
 TINY = Accelerator(
@@ -87,9 +89,12 @@ def test_where_activations_and_weights_lie():
     # A buffer of 22 bytes holds no two halves of 12: column folds read the input again.
     small = dataclasses.replace(TINY, activations="spilled", input_sram_bytes=22)
     assert cost(INT8, small).layers.activation_dram_bytes.tolist() == [2 * 12 + 12, 12 + 6]
-    # By itself it spills what does not fit: the outputs of a, but not its inputs.
-    automatic = dataclasses.replace(TINY, output_sram_bytes=11)
-    assert cost(INT8, automatic).layers.activation_dram_bytes.tolist() == [12.0, 0.0]
+    # By itself it spills what does not fit both of the buffers that it passes: here 12 bytes.
+    for name in ("input_sram_bytes", "output_sram_bytes"):
+        automatic = cost(INT8, dataclasses.replace(TINY, **{name: 11}))
+        again = 12 if name == "input_sram_bytes" else 0  # half of 11 bytes: once a column fold
+        assert automatic.layers.activation_dram_bytes.tolist() == [24 + again, 12]
+        assert automatic.network.activation_dram_bytes == 24 + again + 12 + 6
     resident = cost(INT8, dataclasses.replace(TINY, weights="resident")).network
     assert resident.weight_dram_bytes == 0
     assert resident.dram_cycles == 12 + 6
@@ -101,9 +106,11 @@ def test_where_activations_and_weights_lie():
 
 def test_partial_sums_by_hand():
     # Two row folds: every output is written, read and written again, in 4 bytes at first.
-    spilled = cost(INT8, dataclasses.replace(TINY, partial_sums="spilled")).layers
-    assert spilled.activation_dram_bytes.tolist() == [2 * 12 * 4, 2 * 6 * 4]
+    spilled = cost(INT8, dataclasses.replace(TINY, partial_sums="spilled"))
+    assert spilled.layers.activation_dram_bytes.tolist() == [2 * 12 * 4, 2 * 6 * 4]
+    assert spilled.network.activation_dram_bytes == 96 + 48 + 12 + 6
     kept = cost(INT8, TINY).layers
+    assert spilled.layers.sram_bytes.tolist() == kept.sram_bytes.tolist()
     # Inputs 12 to each of 2 and 1 column folds, weights once, outputs 12 + 2·12·4 and 6 + 2·6·4.
     assert kept.sram_bytes.tolist() == [24 + 16 + 108, 12 + 8 + 54]
 
@@ -117,7 +124,6 @@ def test_input_stationary_fetches_weights_again():
 
 def test_energy_by_hand():
     found = cost(INT8, TINY)
-    pj_per_byte = 8 * float(np.sqrt(256 / 32) * 20 / 64) ** 0  # sizes of 256 KiB, below
     with jax.enable_x64(True):
         pj_per_byte = 8 * float(sram_pj_per_bit(jnp.asarray(256 * 1024.0)))
     assert found.layers.mac_pj.tolist() == pytest.approx([48 * 0.3, 24 * 0.3])
@@ -125,6 +131,8 @@ def test_energy_by_hand():
     expected = [(24 + 16 + 16 + 108) * pj_per_byte, (12 + 8 + 8 + 54) * pj_per_byte]
     assert found.layers.sram_pj.tolist() == pytest.approx(expected)
     assert found.network.dram_j == pytest.approx(47 * 64e-12)
+    edges = (12 + 5 + 6) * pj_per_byte  # through the buffers, as all that comes from DRAM
+    assert found.network.sram_j == pytest.approx((sum(expected) + edges) * 1e-12)
     parts = ("mac_j", "sram_j", "dram_j", "decode_j", "vector_j")
     assert found.network.energy_j == pytest.approx(sum(getattr(found.network, x) for x in parts))
 
@@ -152,6 +160,110 @@ def test_decoding_takes_a_look_up_a_sub_vector():
     assert found.weight_dram_bytes[0] == 32 * 2 / 8 + 256 / 8 + 32 + 2
 
 
+# 3 x 4 PEs, two arrays, 16 bits, buffers of three sizes.
+WIDE = Accelerator(
+    "wide", 3, 4, "ws", arrays=2, operand_bits=16, clock_hz=1.0, dram_bytes_per_s=1.0,
+    lookups_per_cycle=2, weights="streamed", activations="spilled", partial_sums="spilled",
+    input_sram_bytes=2**13, weight_sram_bytes=2**15, output_sram_bytes=2**20,
+)  # fmt: skip
+
+
+def pj(bits, sram_bytes):
+    with jax.enable_x64(True):
+        return bits * float(sram_pj_per_bit(jnp.asarray(float(sram_bytes))))
+
+
+def test_four_heads_by_hand():
+    """Activations on both sides: K = 10 on 3 rows, N = 9 on 4 columns, M = 7."""
+    heads = with_bits(Workload((Product("heads", 7, 10, 9, count=4),)), 8)
+    layer = cost(heads, WIDE).layers
+    # 4 heads of 4 x 3 folds, on two arrays.
+    assert layer.compute_cycles == 24 * (3 + 7 + 5)
+    assert (layer.load_cycles, layer.drain_cycles) == (24 * 3, 24 * 5)
+    assert layer.utilization == 4 * 630 / (360 * 12 * 2)
+    inputs, operands, outputs = 4 * 70 * 2, 4 * 90 * 2, 4 * 63 * 2
+    sums = 4 * 63 * 4 * 3  # in 4 bytes, for all row folds but the first
+    assert layer.activation_dram_bytes == inputs + operands + outputs + 2 * sums
+    assert layer.weight_dram_bytes == 0
+    assert layer.sram_bytes == 3 * inputs + operands + outputs + 2 * sums
+    assert layer.cycles == layer.dram_cycles == layer.activation_dram_bytes
+    expected = (
+        pj(8 * (3 * inputs + inputs), 2**13)
+        + pj(8 * (operands + operands), 2**15)
+        + pj(8 * (outputs + 2 * sums + outputs + 2 * sums), 2**20)
+    )
+    assert layer.sram_pj.item() == pytest.approx(expected)
+    # Half of a buffer holds one head's operand, not all four: what is asked of it is one.
+    small = dataclasses.replace(WIDE, input_sram_bytes=2 * 140, weight_sram_bytes=2 * 180)
+    assert cost(heads, small).layers.activation_dram_bytes == layer.activation_dram_bytes
+    smaller = dataclasses.replace(WIDE, input_sram_bytes=2 * 139)
+    more = cost(heads, smaller).layers.activation_dram_bytes
+    assert more == layer.activation_dram_bytes + 2 * inputs  # three column folds
+    still = dataclasses.replace(WIDE, dataflow="is", columns=3, weight_sram_bytes=2 * 179)
+    kept = dataclasses.replace(still, weight_sram_bytes=2 * 180)
+    less, more = (cost(heads, x).layers.activation_dram_bytes for x in (kept, still))
+    assert more == less + 2 * operands
+    # All four must fit to stay on chip.
+    on_chip = dataclasses.replace(WIDE, activations="automatic", partial_sums="on_chip")
+    assert cost(heads, on_chip).layers.activation_dram_bytes == 0
+    without = dataclasses.replace(on_chip, weight_sram_bytes=operands - 1)
+    assert cost(heads, without).layers.activation_dram_bytes == operands
+
+
+def test_look_ups_by_hand():
+    shapes = {"w": jax.ShapeDtypeStruct((4, 16, 16), "float32")}
+    plan = make_plan(shapes, [Rule("w", SignSplit(codewords=4, dim=8), stacked=1)])
+    layers = with_plan(Workload((Product("experts", 7, 16, 16, count=4, leaves=("w",)),)), plan)
+    found = cost(layers, WIDE)
+    stored, tables = 4 * (32 * 2 / 8 + 32), 4 * (32 + 2)
+    assert found.layers.weight_dram_bytes == stored + tables
+    assert found.layers.decode_cycles == 4 * 32 / 2
+    assert found.layers.decode_pj.item() == pytest.approx(pj(4 * 32 * 8 * 16, 32))
+    # The first fold is 24 of 1024 weights.
+    inputs = 4 * 7 * 16 * 2
+    assert found.network.first_fill_cycles == inputs + stored * 24 / 1024 + tables
+    # A decoder that is slow is what takes longest.
+    slow = dataclasses.replace(WIDE, lookups_per_cycle=0.001)
+    assert cost(layers, slow).layers.cycles == 128_000
+    # Where inputs stay, and a quarter of the weights does not fit half of the buffer, weights are
+    # fetched for each of the four column folds, and the tables once.
+    still = dataclasses.replace(WIDE, dataflow="is", columns=2, weight_sram_bytes=79)
+    assert cost(layers, still).layers.weight_dram_bytes == 4 * stored + tables
+    fits = dataclasses.replace(still, weight_sram_bytes=80)
+    assert cost(layers, fits).layers.weight_dram_bytes == stored + tables
+    assert cost(layers, fits).layers.decode_cycles == 4 * 4 * 32 / 2  # for every column fold
+
+
+@pytest.mark.parametrize("overlap", ["ideal", "one_ahead", "serial"])
+@pytest.mark.parametrize("name", sorted(presets))
+def test_a_scanned_network_costs_what_its_layers_do(name, overlap):
+    a = dataclasses.replace(presets[name], overlap=overlap)
+
+    def network(scan):
+        model = create("deit_tiny", scan=scan)
+        shapes = param_shapes(model)
+        images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+        workload = read_workload(lambda p, x: model.apply({"params": p}, x), shapes, images)
+        plan = make_plan(shapes, load_recipe("ssvq-21x-scanned" if scan else "ssvq-21x"))
+        return cost(with_plan(workload, plan), a).network
+
+    for name, x, y in zip(hardware.NetworkCost._fields, network(True), network(False), strict=True):
+        assert float(x) == pytest.approx(float(y), rel=1e-9), name
+
+
+def test_rounds_follow_each_other():
+    """No array takes two rounds at once, and a loop's weight is no larger for its rounds."""
+    loop = with_bits(Workload((Product("w", 7, 9, 9, rounds=10, leaves=("w",)),)), 8)
+    once = with_bits(Workload((Product("w", 7, 9, 9, leaves=("w",)),)), 8)
+    for a in (TINY, WIDE, dataclasses.replace(WIDE, overlapped_load=True)):
+        several, single = (cost(x, a).network for x in (loop, once))
+        assert several.compute_cycles == 10 * single.compute_cycles
+        assert several.first_fill_cycles == single.first_fill_cycles
+    fits = dataclasses.replace(TINY, weights="automatic", weight_sram_bytes=81)
+    assert cost(loop, fits).network.weight_dram_bytes == 0
+    assert cost(loop, TINY).network.weight_dram_bytes == 810
+
+
 PLAIN = st.sampled_from(["ws", "is", "os", "ews"])
 CHOICES = st.fixed_dictionaries(
     {
@@ -165,8 +277,23 @@ CHOICES = st.fixed_dictionaries(
         "weights": st.sampled_from(["automatic", "streamed"]),
         "partial_sums": st.sampled_from(["on_chip", "spilled"]),
         "vector_ops_per_cycle": st.sampled_from([0, 4, 64]),
+        "arrays": st.integers(1, 5),
+        **{
+            f"{name}_sram_bytes": st.sampled_from([4, 500, 2000, 10_000, 2**18])
+            for name in ("input", "weight", "output")
+        },
     }
 )
+
+
+def any_array(choices):
+    """With weights a PE and overlapped loads where the dataflow has them."""
+    a = Accelerator("any", **choices)
+    if a.dataflow == "ews":
+        a = dataclasses.replace(a, pe_rows=2, pe_columns=3)
+    return dataclasses.replace(a, overlapped_load=a.dataflow != "os" and a.rows % 2 == 0)
+
+
 SHAPES = {f"{i}": jax.ShapeDtypeStruct((64, 64), "float32") for i in range(3)}
 
 
@@ -197,7 +324,7 @@ FORMATS = formats()
 @settings(deadline=None, max_examples=40)
 @given(choices=CHOICES, faster=st.floats(1.01, 100))
 def test_monotone_and_additive(choices, faster):
-    a = Accelerator("any", **choices)
+    a = any_array(choices)
     doubled = with_plan(chain(16), make_plan(SHAPES, [(".*", SignSplit(codewords=16, dim=8))]))
     found = cost(FORMATS["ssvq"], a)
     latency = found.network.latency_s * (1 + 1e-12)
@@ -213,10 +340,30 @@ def test_monotone_and_additive(choices, faster):
     assert found.network.latency_cycles <= sum(parts) * (1 + 1e-12)
 
 
+@settings(deadline=None, max_examples=60)
+@given(choices=CHOICES, m=st.integers(1, 40))
+def test_what_waits_more_takes_longer(choices, m):
+    a = any_array(choices)
+    layers = with_bits(chain(m), 8)
+
+    def cycles(**changes):
+        return cost(layers, dataclasses.replace(a, **changes)).network.latency_cycles
+
+    slack = 1 + 1e-12
+    assert cycles(overlap="ideal") <= slack * cycles(overlap="one_ahead")
+    assert cycles(overlap="one_ahead") <= slack * cycles(overlap="serial")
+    assert cycles(activations="on_chip") <= slack * cycles(activations="automatic")
+    assert cycles(activations="automatic") <= slack * cycles(activations="spilled")
+    assert cycles(partial_sums="on_chip") <= slack * cycles(partial_sums="spilled")
+    assert cycles(weights="resident") <= slack * cycles(weights="streamed")
+    twice = cost(with_bits(chain(2 * m), 8), a).network.latency_cycles
+    assert cycles() <= slack * twice
+
+
 @settings(deadline=None, max_examples=30)
 @given(choices=CHOICES)
 def test_speed_up_is_bound_by_the_bits(choices):
-    a = Accelerator("any", **choices | {"weights": "streamed"})
+    a = any_array(choices | {"weights": "streamed"})
     base = cost(FORMATS["int8"], a).network
     for name in ("ssvq", "vq", "uniform"):
         found = cost(FORMATS[name], a).network
@@ -228,7 +375,7 @@ def test_speed_up_is_bound_by_the_bits(choices):
 @given(choices=CHOICES)
 def test_nine_bits_cost_at_least_eight(choices):
     plan = make_plan(SHAPES, [(".*", SignSplit(codewords=256, dim=1))])
-    a = Accelerator("any", **choices)
+    a = any_array(choices)
     found, base = cost(with_plan(chain(8), plan), a), cost(FORMATS["int8"], a)
     assert found.network.latency_s >= base.network.latency_s * (1 - 1e-12)
     assert found.network.energy_j >= base.network.energy_j * (1 - 1e-12)
@@ -237,7 +384,7 @@ def test_nine_bits_cost_at_least_eight(choices):
 @settings(deadline=None, max_examples=20)
 @given(choices=CHOICES)
 def test_equal_layers_are_merged_at_no_cost(choices):
-    a = Accelerator("any", **choices)
+    a = any_array(choices)
     merged = merge_equal(FORMATS["ssvq"])
     assert merged.names == ("0", "attention")
     assert merged.repeats.tolist() == [3.0, 1.0]
@@ -282,8 +429,11 @@ def test_vmap_over_accelerators_and_recipes_is_the_loop(overlap):
         np.testing.assert_allclose(found[i], each, rtol=1e-12)
         swept = sweep(FORMATS[name], a, dram_bytes_per_s=bandwidth)
         np.testing.assert_allclose(swept.latency_s, each, rtol=1e-12)
-    with pytest.raises(ValueError, match="of different workloads"):
-        stack_formats([FORMATS["ssvq"], INT8])
+    for other in (INT8, formats(9)["ssvq"], merge_equal(FORMATS["ssvq"])):
+        with pytest.raises(ValueError, match="of different workloads"):
+            stack_formats([FORMATS["ssvq"], other])
+    with pytest.raises(ValueError, match="no formats to stack"):
+        stack_formats([])
 
 
 def test_sweep_goes_over_every_combination():
@@ -292,6 +442,7 @@ def test_sweep_goes_over_every_combination():
     assert found.compute_cycles.dtype == np.float64
     by_itself = cost(INT8, dataclasses.replace(TINY, rows=4)).network
     assert found.compute_cycles[2].tolist() == [by_itself.compute_cycles] * 2
+    assert found.bound.tolist() == [["compute"] * 2, ["dram"] * 2, ["dram"] * 2]
 
 
 SWEPT = ("rows", "columns", "clock_hz", "dram_bytes_per_s", "lookups_per_cycle", "mac_pj")
@@ -348,6 +499,11 @@ def test_what_is_refused():
         cost(INT8, TINY, sharpness=1)
     with pytest.raises(ValueError, match="accelerator 'tiny': clock_hz=0: give more than 0"):
         cost(INT8, dataclasses.replace(TINY, clock_hz=0))
+    two = dataclasses.replace(TINY, rows=np.array([2.0, 4.0]))
+    with pytest.raises(ValueError, match=r"\['rows'\] of accelerator 'tiny' have an axis too many"):
+        cost(INT8, two)
+    with pytest.raises(ValueError, match="the layers have an axis too many: use sweep, or jax.vm"):
+        cost(stack_formats([INT8, INT8]), TINY)
     with pytest.raises(ValueError, match=r"cannot sweep over \['bandwidth'\]"):
         sweep(INT8, TINY, bandwidth=[1.0])
     with pytest.raises(ValueError, match="rows=.*give at least 1"):

@@ -118,3 +118,58 @@ def test_exact_beyond_32_bits_within_jit_and_vmap():
 def test_what_is_refused(size, changes, message):
     with pytest.raises(ValueError, match=message):
         gemm_cost(4, size, 4, dataclasses.replace(presets["scalesim"], **changes))
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_arrays_and_large_products_that_are_refused():
+    with pytest.raises(ValueError, match="M=.*a product needs sizes of at least 1"):
+        gemm_cost(np.array([4, -3]), 4, 4, presets["scalesim"])
+    with pytest.raises(ValueError, match=r"M·N·K=9.01e\+15: counts are exact to 2\^53 only"):
+        gemm_cost(2**53, 1, 1.000001, presets["scalesim"])
+    assert gemm_cost(2**53, 1, 1, presets["scalesim"]).macs == 2**53
+
+
+def test_overlapped_loads_and_several_arrays_by_hand():
+    # K = 10 on 3 rows, N = 9 on 4 columns: 4 x 3 folds; three arrays do four each, one after the
+    # other. Loading takes 3 cycles, streaming 7, draining 5.
+    several = Accelerator("t", 3, 4, "ws", arrays=3)
+    assert gemm_cost(7, 10, 9, several).cycles == 4 * (3 + 7 + 5)
+    assert gemm_cost(7, 10, 9, several).utilization == 7 * 10 * 9 / (60 * 12 * 3)
+    hidden = dataclasses.replace(several, overlapped_load=True)
+    assert gemm_cost(7, 10, 9, hidden).cycles == 3 + 4 * 7 + 5
+    assert gemm_cost(2, 10, 9, hidden).cycles == 3 + 4 * 3 + 5  # loading takes longer
+    five = dataclasses.replace(several, arrays=5)  # 12 folds: 3 rounds
+    assert gemm_cost(7, 10, 9, five).cycles == 3 * (3 + 7 + 5)
+    wide = Accelerator("t", 3, 4, "ews", pe_rows=2, pe_columns=3, overlapped_load=True)
+    # 2 x 1 folds of 18 cycles to load and 42 to stream.
+    assert gemm_cost(7, 10, 9, wide).cycles == 18 + 2 * 42 + 5
+
+
+def test_partial_sums_and_precision_by_hand():
+    spilled = Accelerator("t", 3, 4, "ws", partial_sums="spilled")
+    cost = gemm_cost(7, 10, 9, spilled)  # four row folds
+    assert cost.output_dram_writes == 4 * 63
+    assert cost.partial_sum_dram_reads == 3 * 63
+    kept = gemm_cost(7, 10, 9, dataclasses.replace(spilled, partial_sums="on_chip"))
+    assert (kept.output_dram_writes, kept.partial_sum_dram_reads) == (63, 0)
+    # Half of 280 bytes hold 70 inputs of 16 bits, half of 276 do not: three column folds.
+    wide = dataclasses.replace(spilled, operand_bits=16, input_sram_bytes=280)
+    assert gemm_cost(7, 10, 9, wide).input_dram_reads == 70
+    assert (
+        gemm_cost(7, 10, 9, dataclasses.replace(wide, input_sram_bytes=276)).input_dram_reads == 210
+    )
+    # The same of the 90 weights, for the three column folds of a stationary input.
+    still = dataclasses.replace(wide, dataflow="is", columns=3, weight_sram_bytes=360)
+    assert gemm_cost(7, 10, 9, still).weight_dram_reads == 90
+    assert (
+        gemm_cost(7, 10, 9, dataclasses.replace(still, weight_sram_bytes=356)).weight_dram_reads
+        == 270
+    )
+
+
+def test_weights_a_pe_matter_to_ews_alone():
+    """Also where they are traced, and so cannot be refused."""
+    several = jax.vmap(
+        lambda c: gemm_cost(7, 10, 9, Accelerator("t", 3, 4, "ws", pe_rows=c)).cycles
+    )(jnp.array([1, 2]))
+    assert np.array_equal(several, [several[0]] * 2)

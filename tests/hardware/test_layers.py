@@ -70,13 +70,16 @@ def test_formats_by_hand():
 
 def test_a_product_takes_its_share_of_a_leaf():
     stacked = make_plan({"w": shape(4, 16, 16)}, [Rule("w", SignSplit(4, 8), stacked=1)])
-    loop = Product("loop", 8, 16, 16, count=4, leaves=("w",))
+    loop = Product("experts", 8, 16, 16, count=4, leaves=("w",))
     whole = columns(with_plan(Workload((loop,)), stacked))
     assert whole[0] == 4 * (32 * 2 / 8 + 32)
     assert whole[2] == 4 * (32 + 2)
     assert whole[4] == 32
     one = columns(with_plan(Workload((dataclasses.replace(loop, count=1),)), stacked))
     assert one[:4] == [x / 4 for x in whole[:4]]
+    layers = with_plan(Workload((dataclasses.replace(loop, count=1, rounds=4),)), stacked)
+    assert columns(layers)[:4] == [x / 4 for x in whole[:4]]
+    assert layers.repeats.tolist() == [4]
     # Two leaves side by side; one of them for two products.
     plan = make_plan({"q": shape(16, 16), "k": shape(16, 16)}, [(".*", Vector(8, 4))])
     both = Product("qk", 8, 16, 32, leaves=("q", "k"))
@@ -117,6 +120,14 @@ def test_entropy_coded_bytes_are_those_of_the_file(tmp_path):
     a = Accelerator("any", 8, 8, lookups_per_cycle=2, weights="streamed")
     assert cost(coded, a).layers.decode_cycles.tolist() == [2048]
     assert cost(plain, a).layers.decode_cycles.tolist() == [0]
+    # Decoding takes energy, and the buffer takes what it holds: the numbers as they are.
+    assert cost(plain, a).layers.decode_pj.tolist() == [0]
+    assert cost(coded, a).layers.decode_pj > 0
+    assert cost(coded, a).layers.sram_pj == cost(plain, a).layers.sram_pj
+    # As often as they come from DRAM.
+    again = dataclasses.replace(a, dataflow="is", columns=2, weight_sram_bytes=100)
+    assert cost(coded, again).layers.decode_cycles.tolist() == [4 * 2048]
+    assert cost(coded, again).layers.weight_dram_bytes == 4 * coded.columns["coded_bytes"] + 128
     resident = dataclasses.replace(a, weights="resident")
     assert cost(coded, resident).layers.decode_cycles.tolist() == [0]
 
@@ -152,6 +163,9 @@ def test_of_an_embedding_table_only_the_rows_that_are_looked_up_move():
     plan = make_plan(shapes, [("w", Vector(8, 4)), ("table", Uniform(bits=4)), (".*", None)])
     layers = with_plan(workload, plan)
     assert float(layers.other_weight_bytes) == 40 / 2 + 10 * 2 + 16 * 4
+    # To stay on chip the whole table must fit.
+    codes, codebook = 64 * 3 / 8, 8 * 4 + 2
+    assert float(layers.all_weight_bytes) == codes + codebook + 1000 / 2 + 10 * 2 + 16 * 4
     assert float(with_bits(workload, 8, other_bits=8).other_weight_bytes) == 40 + 16
 
 
@@ -162,6 +176,8 @@ def test_what_is_refused():
     other = Workload((product,), leaves={"w": 256, "v": 4})
     with pytest.raises(ValueError, match="the plan has no leaf 'v', which the model has"):
         with_plan(other, plan)
+    with pytest.raises(ValueError, match="the plan has the leaf 'w', which the model has not"):
+        with_plan(Workload((dataclasses.replace(product, leaves=()),), leaves={"v": 4}), plan)
     with pytest.raises(ValueError, match="leaf 'w' has 512 weights in the model and 256 in the"):
         with_plan(Workload((product,), leaves={"w": 512}), plan)
     fed = Workload((dataclasses.replace(product, leaves=("u",)),))
@@ -174,3 +190,20 @@ def test_what_is_refused():
         with_bits(Workload(()), 8)
     with pytest.raises(ValueError, match="bits=0: give more than 0"):
         with_bits(Workload((product,)), 0)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "pairs"),
+    [
+        ([1], []),
+        ([3], [(0, 0, 2)]),
+        ([1, 1, 1], [(0, 1, 1), (1, 2, 1)]),
+        ([1, 4, 4, 1], [(0, 1, 1), (1, 2, 4), (2, 1, 3), (2, 3, 1)]),
+        ([2, 2, 5], [(0, 1, 2), (1, 0, 1), (1, 2, 1), (2, 2, 4)]),
+    ],
+)
+def test_neighbours_of_loops(rounds, pairs):
+    products = tuple(Product(f"{i}", 2, 2, 2, rounds=often) for i, often in enumerate(rounds))
+    layers = with_bits(Workload(products), 8)
+    assert [tuple(pair) for pair in layers.pairs.tolist()] == pairs
+    assert layers.pairs[:, 2].sum() == sum(rounds) - 1

@@ -38,7 +38,7 @@ def array(*shape, dtype="float32"):
 
 def sizes(workload):
     """M, K, N and count of the products, by name."""
-    return {x.name: (x.m, x.k, x.n, x.count) for x in workload.products}
+    return {x.name: (x.m, x.k, x.n, x.count * x.rounds) for x in workload.products}
 
 
 def feeding(workload):
@@ -63,7 +63,7 @@ def by_sizes(workload):
     """How many products there are of every M, N and K."""
     counts = collections.Counter()
     for product in workload.products:
-        counts[product.m, product.n, product.k] += product.count
+        counts[product.m, product.n, product.k] += product.count * product.rounds
     return counts
 
 

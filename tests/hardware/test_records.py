@@ -74,6 +74,10 @@ GOOD = {"name": "x", "rows": 8, "columns": 8, "dataflow": "ws", "clock_hz": 1e9,
         ({"rows": "many"}, "rows='many': give a number"),
         ({"rows": True}, "rows=True: give a number"),
         ({"rows": None}, "rows=None: give a number"),
+        ({"rows": [8, 16]}, "rows=\\[8, 16\\]: give a number"),
+        ({"rows": "8"}, "rows='8': give a number"),
+        ({"rows": 8.5}, "rows=8.5: give a whole number"),
+        ({"rows": 10**400}, "rows=1000000"),
         ({"clock_hz": 0}, "clock_hz=0: give more than 0"),
         ({"clock_hz": float("nan")}, "clock_hz=nan: give a number"),
         ({"clock_hz": float("inf")}, "clock_hz=inf: give a number"),
@@ -139,7 +143,7 @@ def test_a_workload_written_by_hand_goes_through_json():
         ({"n": -2}, "product 'fc': n=-2"),
         ({"k": 1.5}, "product 'fc': k=1.5"),
         ({"count": True}, "product 'fc': count=True"),
-        ({"m": 2**30, "k": 2**30}, "M·N·K·count=.* at most 2\\^53"),
+        ({"m": 2**30, "k": 2**30}, "M·N·K·count·rounds=.* at most 2\\^53"),
         ({"kk": 3}, "product 0 of the workload: the key 'kk' is unknown"),
         ({"input_elements": 0}, "input_elements=0"),
     ],
@@ -148,6 +152,32 @@ def test_what_a_workload_may_not_say(product, message):
     data = {"products": [{"name": "fc", "m": 1, "k": 8, "n": 8} | product]}
     with pytest.raises(ValueError, match=message):
         Workload.from_json(data)
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"products": 5}, "products must be a list"),
+        ({"products": [], "leaves": [1]}, "leaves must be a mapping"),
+        ({"products": [], "leaves": {"a": 0}}, "leaves of the workload: a=0"),
+        ({"products": [], "gathered": {"a": 4}}, "4 of leaf 'a', which has no weights"),
+        ({"products": [], "leaves": {"a": 3}, "gathered": {"a": 4}}, "which has 3 weights"),
+        ({"products": [{"name": 3, "m": 1, "k": 1, "n": 1}]}, "product 3 with leaves"),
+        ({"products": [{"name": "", "m": 1, "k": 1, "n": 1, "leaves": "w"}]}, "must be a list"),
+        ([], "workload: a list; give a mapping"),
+    ],
+)
+def test_a_workload_of_other_kinds(data, message):
+    with pytest.raises(ValueError, match=message):
+        Workload.from_json(data)
+
+
+@pytest.mark.parametrize("name", ["64", "1e9", "nan", "yes", "a: b", "null"])
+def test_any_name_comes_back_from_yaml(name, tmp_path):
+    named = dataclasses.replace(presets["tpu-v5e"], name=name, source=name)
+    save_accelerator(named, tmp_path / "x.yaml")
+    assert load_accelerator(tmp_path / "x.yaml") == named
 
 
 @pytest.mark.usefixtures("as_installed")
