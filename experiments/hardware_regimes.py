@@ -204,7 +204,7 @@ def _threshold(size: int, base: Layers, layers: Layers) -> dict[str, Any]:
         found, reference = (
             hardware.sweep(x, _edge(size), dram_bytes_per_s=bandwidth) for x in (layers, base)
         )
-        return reference.latency_s / found.latency_s
+        return np.asarray(reference.latency_s / found.latency_s)
 
     on_grid = speed_up(BANDWIDTHS)
     last = int(np.flatnonzero(on_grid >= 3)[-1])
