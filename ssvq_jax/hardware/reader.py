@@ -76,8 +76,8 @@ def read_workload(
         >>> images = jax.ShapeDtypeStruct((8, 64), "float32")
         >>> workload = read_workload(lambda params, x: jax.nn.relu(x @ params["kernel"]), params,
         ...                          images)
-        >>> workload.products
-        (Product(name='kernel', m=8, k=64, n=10, count=1, leaves=('kernel',), input_elements=None),)
+        >>> [(x.name, x.m, x.k, x.n, x.leaves) for x in workload.products]
+        [('kernel', 8, 64, 10, ('kernel',))]
         >>> workload.operations
         {'elementwise': 80}
     """
