@@ -152,6 +152,19 @@ def _transformer(
     )
 
 
+def _convolutional(quantizer: Quantizer) -> Recipe:
+    """Every kernel but those of ends and depthwise convolutions, which are int8; the rest dense."""
+    if isinstance(quantizer, CodebookQuantizer):
+        quantizer = dataclasses.replace(quantizer, pad=True)  # any number of channels
+    ends = r"(.*/)?(stem|patch_embed|head|classifier)(/.*)?/kernel"
+    return (
+        Rule(ends, Uniform(bits=8), optional=True),
+        Rule(r".*depthwise.*/kernel", Uniform(bits=8), optional=True),
+        Rule(r".*/kernel", quantizer),
+        Rule(r".*", None, optional=True),
+    )
+
+
 _METHODS: dict[str, Quantizer] = {
     # The paper's 21x: 4 + 8 bits for 8 weights; VQ at the same 1.5 bits: 6 bits for 4 weights.
     "ssvq-21x": SignSplit(codewords=16, dim=8),
@@ -167,10 +180,12 @@ _METHODS: dict[str, Quantizer] = {
 
 # Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …;
 # "-scanned" for blocks stacked in `blocks` by a scan; "-shared" with one codebook for all blocks,
-# for models so small that a codebook a kernel costs more than its codes.
+# for models so small that a codebook a kernel costs more than its codes; "-conv" for convolutional
+# networks of the registry.
 PRESETS: dict[str, Recipe] = {
     **{name: _transformer(quantizer) for name, quantizer in _METHODS.items()},
     **{f"{name}-scanned": _transformer(q, scanned=True) for name, q in _METHODS.items()},
+    **{f"{name}-conv": _convolutional(q) for name, q in _METHODS.items()},
     **{
         f"{name}-shared": _transformer(quantizer, share="blocks_codebook")
         for name, quantizer in _METHODS.items()

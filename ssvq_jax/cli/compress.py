@@ -1,7 +1,7 @@
 """``ssvq compress``: post-training compression, without any training."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -13,14 +13,17 @@ from ssvq_jax.cli.options import (
     to_json,
 )
 
+if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.cli.weights import Weights
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
     """Compress a trained model, and see what that costs before any fine-tuning.
 
-    `ssvq finetune --weights OUT` goes on from what is written. Without --model, a .safetensors file
-    of any model is compressed as it is: rules match the names of its tensors, and no data are
-    needed. OUT/model.safetensors is the packed model.
+    `ssvq finetune --weights OUT` goes on from what is written. Without --data the model is
+    compressed and not judged. Without --model, a .safetensors file of any model is compressed as
+    it is: rules match the names of its tensors. OUT/model.safetensors is the packed model.
     """
 
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
@@ -38,6 +41,8 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
         plain = self.weights is not None and self.weights.suffix == SAFETENSORS
         if plain and self.model is None and run is None:
             self._tensors()
+        elif self.data is None and not (run or {}).get("data"):
+            self._without_data()
         else:
             self._model()
 
@@ -96,37 +101,61 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
 
     def _tensors(self) -> None:
         """Compresses the tensors of a file."""
-        import jax
         import jax.numpy as jnp
 
-        from ssvq_jax.analysis import leaf_reports
-        from ssvq_jax.cli.packed import PACKED, write_packed
-        from ssvq_jax.cli.run_folder import RunFolder
-        from ssvq_jax.cli.session import sizes
-        from ssvq_jax.cli.weights import Weights, open_plan
+        from ssvq_jax.cli.weights import Weights
         from ssvq_jax.models import load_tensors
-        from ssvq_jax.training.finetune import encoding_key
         from ssvq_jax.training.identity import checksum
 
         if self.weights is None:
             raise ValueError("no weights: give --weights with a .safetensors file")
         used = {"weights", "recipe", "out", "resume", "seed"}
         self.check_unused(used, "is for a model: give --model too")
-        self.check_seed()
-        check_apart(self.out, self.weights)
         tensors = load_tensors(self.weights)
         params = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         state = {name: x for name, x in tensors.items() if name not in params}
         origin = {"from": str(self.weights), "crc32": checksum(tensors)}
-        plan = open_plan(self.recipe, Weights(params, state, None, None, origin))
+        self._pack(Weights(params, state, None, None, origin), {})
+
+    def _without_data(self) -> None:
+        """Compresses a model that nobody judges here."""
+        from ssvq_jax.cli.setup import open_model
+        from ssvq_jax.cli.weights import open_weights
+
+        used = {"model", "classes", "new_head", "scan", "weights", "image_size", "recipe", "out",
+                "resume", "seed"}  # fmt: skip
+        self.check_unused(used, "is for judging by data: give --data too")
+        model = open_model(self, None)
+        shape = model.image_shape(self.image_size)
+        weights = open_weights(self.weights, model, shape, new_head=self.new_head)
+        if weights.plan is not None:
+            raise ValueError(f"{self.weights} is compressed already: give float weights")
+        told = {"image_shape": list(shape), "outputs": model.outputs(shape)}
+        self._pack(weights, {**dataclasses.asdict(self), **told})
+
+    def _pack(self, weights: "Weights", told: dict[str, Any]) -> None:
+        """Encodes weights, and writes and shows what came of it."""
+        import jax
+
+        from ssvq_jax.analysis import leaf_reports
+        from ssvq_jax.cli.packed import PACKED, write_packed
+        from ssvq_jax.cli.run_folder import RunFolder
+        from ssvq_jax.cli.session import sizes
+        from ssvq_jax.cli.weights import open_plan
+        from ssvq_jax.training.finetune import encoding_key
+
+        self.check_seed()
+        check_apart(self.out, self.weights)
+        plan = open_plan(self.recipe, weights)
         seed = self.seed or 0
         recipe = plan.to_json()["recipe"]
-        config = to_json(self, "compress", weights=origin, recipe=recipe, seed=seed)
+        config = to_json(self, "compress", weights=weights.origin, recipe=recipe, seed=seed)
         folder = RunFolder(self.out, config, resume=self.resume)
-        variables = plan.init(encoding_key(jax.random.key(seed)), params, progress=True)
+        variables = plan.init(encoding_key(jax.random.key(seed)), weights.params, progress=True)
         packed = plan.finalize(variables)
-        size = write_packed(folder.path / PACKED, packed, state, {}, {})
-        self._report(folder, plan, leaf_reports(plan, params, variables), {**sizes(plan), **size})
+        size = write_packed(folder.path / PACKED, packed, weights.model_state, told, {})
+        leaves = leaf_reports(plan, weights.params, variables)
+        self._report(folder, plan, leaves, {**sizes(plan), **size})
         print(f"{size['file_bytes']:,} bytes, {size['file_ratio']:.2f}x smaller than float32")
         print(f"results and the packed model are in {self.out}")
 

@@ -14,8 +14,19 @@ from ssvq_jax.training.checkpoint import Which
 class EvalCommand(BatchOptions, ModelOptions):
     """Evaluate a model: of a run of train, compress or finetune, a packed file, or your weights.
 
-    Model, data and image size are those of the run or file, unless you say otherwise.
+    Model, data and image size are those of the run or file, unless you say otherwise. With --images
+    it classifies the images of a folder that is no data set, by the classes of the model.
     """
+
+    packed: Path | None = None
+    """A packed file: the same as --weights."""
+    images: Path | None = None
+    """Folder of images: in sub-folders called by class index, or one for each class in sorted
+    order; or with --labels. Without labels, predictions are written."""
+    labels: Path | None = None
+    """Table file,label with class indices, for --images."""
+    json: bool = False
+    """With --images, print JSON: top1, top5 and the number of images."""
 
     eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
     """Split to evaluate on."""
@@ -26,6 +37,59 @@ class EvalCommand(BatchOptions, ModelOptions):
 
     def run(self) -> None:
         """Evaluates; writes ``eval-SPLIT-WHICH.json``."""
+        if self.packed is not None:
+            if self.weights is not None:
+                raise ValueError("--packed and --weights are the same: leave one out")
+            dataclasses.replace(self, packed=None, weights=self.packed).run()
+        elif self.images is not None:
+            self._images(self.images)
+        elif self.labels is not None or self.json:
+            raise ValueError("--labels and --json are for --images: give that, too")
+        else:
+            self._split()
+
+    def _images(self, folder: Path) -> None:
+        """Classifies the images of a folder."""
+        import json
+
+        from ssvq_jax.atomic import replace_text
+        from ssvq_jax.cli.evaluate_images import judge_images
+        from ssvq_jax.cli.setup import open_model
+        from ssvq_jax.cli.weights import open_weights, run_config
+
+        if self.data is not None:
+            raise ValueError("--images and --data: give one of them")
+        told = run_config(self.weights) or {}
+        command = self.inherit(told)
+        model = open_model(command, told.get("outputs"))
+        shape = told.get("image_shape")
+        if shape is None or self.image_size is not None:
+            shape = model.image_shape(command.image_size)
+        height, width, channels = shape
+        shape = height, width, channels
+        weights = open_weights(command.weights, model, shape, self.which or "last")
+        normalization = command.normalization or "auto"
+        result, rows = judge_images(model, weights, folder, self.labels, shape, normalization)
+        result |= {"model": command.model, "weights": weights.origin}
+        out = self.out
+        if out is None and "top1" not in result:
+            out = Path("predictions")  # what nobody has judged is to be looked at
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**result, "predictions": rows}, indent=1)
+            replace_text(out / "predictions.json", text + "\n")
+        if self.json:
+            print(json.dumps(result))
+        elif "top1" in result:
+            print(
+                f"{result['images']:,} images: the class is the first for {result['top1']:.2%}, "
+                f"among the first five for {result['top5']:.2%}"
+            )
+        if out is not None and not self.json:
+            print(f"the first five classes of every image are in {out / 'predictions.json'}")
+
+    def _split(self) -> None:
+        """Evaluates on a split of a data set."""
         import json
 
         from ssvq_jax.atomic import replace_text

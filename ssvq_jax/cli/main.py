@@ -18,6 +18,7 @@ from ssvq_jax.cli.evaluate import EvalCommand
 from ssvq_jax.cli.export import ExportCommand
 from ssvq_jax.cli.finetune import FinetuneCommand
 from ssvq_jax.cli.inspect import InspectCommand
+from ssvq_jax.cli.models import ModelsCommand
 from ssvq_jax.cli.pack import PackCommand
 from ssvq_jax.cli.plan import PlanCommand
 from ssvq_jax.cli.quickstart import QuickstartCommand
@@ -25,6 +26,7 @@ from ssvq_jax.cli.train import TrainCommand
 
 Command = (
     Annotated[QuickstartCommand, tyro.conf.subcommand("quickstart", prefix_name=False)]
+    | Annotated[ModelsCommand, tyro.conf.subcommand("models", prefix_name=False)]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan", prefix_name=False)]
     | Annotated[CostCommand, tyro.conf.subcommand("cost", prefix_name=False)]
     | Annotated[TrainCommand, tyro.conf.subcommand("train", prefix_name=False)]

@@ -31,6 +31,9 @@ class ModelOptions:
     is then as in the run."""
     classes: int | None = None
     """Number of classes; by default the data set's."""
+    new_head: bool = False
+    """Leave the classifier of published weights aside, and begin with an untrained one: for other
+    classes."""
     scan: bool | None = None
     """Stack the blocks of a registry's model for a scan."""
     data: Annotated[str | None, tyro.conf.arg(metavar="NAME_OR_FOLDER")] = None
@@ -41,7 +44,7 @@ class ModelOptions:
     image_size: int | None = None
     """Height and width to crop images to; by default the model's, else the data set's own."""
     normalization: str | None = None
-    """Mean and deviation of the pixels: auto, mnist, cifar10, imagenet, half or unit."""
+    """Mean and deviation of the pixels: auto, mnist, cifar10, imagenet, half, lite or unit."""
     train_split: str | None = None
     """Split to train on; by default train, or its first nine tenths."""
     eval_split: str | None = None

@@ -131,7 +131,7 @@ def set_up(
     if initial and options.weights is None and model.variables is None:
         weights = initial_weights(model, shape, options.seed or 0)
     else:
-        weights = open_weights(options.weights, model, shape, which)
+        weights = open_weights(options.weights, model, shape, which, new_head=options.new_head)
     if weights.plan is not None and not compressed:
         raise ValueError(
             f"{options.weights} is compressed already: give float weights, or go on with "
@@ -159,14 +159,18 @@ def open_images(options: ModelOptions, model: "LoadedModel", augment: str = "non
             "no data: give --data with a TensorFlow Datasets name (mnist_digits_5k comes with the "
             "installation) or a folder of images"
         )
+    normalization, inputs = options.normalization or "auto", model.inputs
+    if inputs is not None and normalization == "auto":
+        normalization = inputs.normalization
     source = ImageData(
         name=options.data,
         data_dir=options.data_dir,
         image_size=model.image_size if options.image_size is None else options.image_size,
         augment=augment,
-        normalization=options.normalization or "auto",
+        normalization=normalization,
         workers=options.workers,
         channels=model.channels or 3,
+        **{} if inputs is None else inputs.resizing,
     )
     train, held_out = options.train_split, options.eval_split
     if train is None or held_out is None:

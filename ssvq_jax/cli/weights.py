@@ -65,37 +65,65 @@ def open_weights(
     model: "LoadedModel",
     image_shape: tuple[int, int, int],
     which: Which = "last",
+    *,
+    new_head: bool = False,
 ) -> Weights:
     """Takes weights from a run, a file, an orbax checkpoint, or what the model came with.
 
     Args:
-        path: a run's folder, a packed file, or what `ssvq_jax.models.load_weights` reads; None for
-            the model's.
+        path: a run's folder, a packed file, what `ssvq_jax.models.load_weights` reads, or weights
+            of another implementation; None for the model's, or what `ssvq models fetch` brought.
         model: the model.
         image_shape: ``(h, w, c)``.
         which: which checkpoint of a run.
+        new_head: begin with an untrained classifier; for weights of another implementation.
 
     Raises:
         ValueError: if there are none, or they do not fit the model.
     """
-    from ssvq_jax.models import fit_weights, load_weights
+    from ssvq_jax.models import PUBLISHED, fetched, fit_weights, load_weights
 
     shapes = model.shapes(image_shape)
+    if path is None and model.variables is None and model.name in PUBLISHED:
+        path = fetched(model.name)
     if path is not None and run_config(path) is not None:
         return _from_run(path, shapes, which) if path.is_dir() else _from_packed(path, shapes)
-    if path is not None:
+    foreign = path is not None and _is_foreign(path)
+    if new_head and path is not None and not foreign:
+        raise ValueError(
+            "new_head is for published weights of another implementation: leave it out"
+        )
+    if path is not None and foreign:
+        found, source = model.import_weights(path, image_shape, new_head=new_head), str(path)
+    elif path is not None:
         found, source = load_weights(path), str(path)
     elif model.variables is not None:
         found, source = model.variables, f"model '{model.name}'"
     else:
         raise ValueError(
             f"model '{model.name}' comes without weights: give --weights with a run's folder, a "
-            ".safetensors or msgpack file or an orbax checkpoint, or train it with `ssvq train`"
+            ".safetensors, .pth or msgpack file or an orbax checkpoint, or "
+            + (
+                f"bring published ones with `ssvq models fetch {model.name}`"
+                if model.name in PUBLISHED
+                else "train it with `ssvq train`"
+            )
         )
     variables = fit_weights(model, found, shapes, source)
     params = variables.pop("params")
     origin = {"from": source, "crc32": checksum((params, variables))}
     return Weights(params, variables, None, None, origin)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file has the names of another framework."""
+    from ssvq_jax.models import PICKLED, SAFETENSORS, load_tensors
+
+    if path.suffix in PICKLED:
+        return True
+    if path.suffix != SAFETENSORS or not path.is_file():
+        return False
+    return any(name.endswith((".weight", ".running_mean")) for name in load_tensors(path))
 
 
 def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:

@@ -1,15 +1,17 @@
 """Square crops of single images, made before batching, so that images may differ in size.
 
 A crop is a frozen record that is called with a uint8 image and the random generator to draw from.
-Pillow resizes: bicubic and, where an image shrinks, antialiased.
+Pillow resizes, antialiased where an image shrinks.
 """
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
+
+Interpolation = Literal["bicubic", "bilinear"]
 
 _TRIES = 10
 
@@ -33,9 +35,10 @@ class CenterCrop:
         size: Height and width of the result.
         share: Part of the short side that is kept, in (0, 1]. 0.875 is the usual test crop of
             ImageNet models: 224 of 256 pixels.
+        interpolation: How pixels are resized; models want the one that they were trained with.
 
     Raises:
-        ValueError: `size` or `share` is out of range.
+        ValueError: `size`, `share` or `interpolation` is out of range.
 
     Example:
         >>> CenterCrop(224)(np.zeros((375, 500, 3), np.uint8)).shape
@@ -44,9 +47,11 @@ class CenterCrop:
 
     size: int
     share: float = 0.875
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+        _check_interpolation(self.interpolation)
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share}: give the part to keep, above 0 and at most 1")
 
@@ -60,7 +65,8 @@ class CenterCrop:
         # Rounded down, as torchvision does, whose accuracies are the published ones.
         long = int(short * max(height, width) / min(height, width))
         new_height, new_width = (short, long) if height <= width else (long, short)
-        resized = _resize(image, new_height, new_width, (0, 0, width, height))
+        box = (0, 0, width, height)
+        resized = _resize(image, new_height, new_width, box, self.interpolation)
         top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
         return resized[top : top + self.size, left : left + self.size]
 
@@ -78,9 +84,10 @@ class RandomResizedCrop:
         size: Height and width of the result.
         scale: Least and largest share of the area, in (0, 1].
         ratio: Least and largest aspect ratio, above 0.
+        interpolation: How pixels are resized.
 
     Raises:
-        ValueError: `size`, `scale` or `ratio` is out of range.
+        ValueError: `size`, `scale`, `ratio` or `interpolation` is out of range.
 
     Example:
         >>> crop = RandomResizedCrop(224)
@@ -91,9 +98,11 @@ class RandomResizedCrop:
     size: int
     scale: tuple[float, float] = (0.25, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+        _check_interpolation(self.interpolation)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(
                 f"scale={self.scale}: give the least and largest share of the area, above 0 and "
@@ -115,7 +124,7 @@ class RandomResizedCrop:
         if generator is None:
             raise ValueError(f"{self} draws at random, evaluation does not: give a CenterCrop")
         box = self.draw(image.shape[0], image.shape[1], generator)
-        return _resize(image, self.size, self.size, box)
+        return _resize(image, self.size, self.size, box, self.interpolation)
 
     def draw(
         self, height: int, width: int, generator: np.random.Generator
@@ -146,17 +155,29 @@ class RandomResizedCrop:
 
 
 def _resize(
-    image: UInt8[np.ndarray, "h w c"], height: int, width: int, box: tuple[int, int, int, int]
+    image: UInt8[np.ndarray, "h w c"],
+    height: int,
+    width: int,
+    box: tuple[int, int, int, int],
+    interpolation: Interpolation,
 ) -> UInt8[np.ndarray, "{height} {width} c"]:
     """Resizes the part of the image in `box` (left, top, right, bottom)."""
     from PIL import Image
 
     channels = image.shape[-1]
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    method = Image.Resampling[interpolation.upper()]
+    resized = picture.resize((width, height), method, box=box)
     return np.array(resized).reshape(height, width, channels)
 
 
 def _check_size(size: int) -> None:
     if size < 1:
         raise ValueError(f"size={size}: give the side of the crop in pixels, 1 or more")
+
+
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(
+            f"interpolation={interpolation!r}: choose one of {', '.join(get_args(Interpolation))}"
+        )

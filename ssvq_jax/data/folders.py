@@ -60,7 +60,7 @@ class FolderSplit:
         Raises:
             ValueError: The file is not a readable image.
         """
-        image = _decode(self.folder / self.files[index], self.image_shape[-1])
+        image = read_image(self.folder / self.files[index], self.image_shape[-1])
         return {"image": image, "label": int(self.labels[index])}
 
     def take(
@@ -149,7 +149,19 @@ def _common_size(root: Path, files: tuple[str, ...]) -> tuple[int | None, int | 
     return (None, None) if size is None else (size[1], size[0])
 
 
-def _decode(path: Path, channels: int) -> UInt8[np.ndarray, "h w {channels}"]:
+def read_image(path: Path, channels: int = 3) -> UInt8[np.ndarray, "h w {channels}"]:
+    """Decodes an image file, upright.
+
+    Args:
+        path: The file.
+        channels: 3 for RGB, 1 for grey, 4 for RGBA: what it is converted to.
+
+    Returns:
+        Its pixels.
+
+    Raises:
+        ValueError: The file is not a readable image.
+    """
     from PIL import Image, ImageOps
 
     with _reading(path), Image.open(path) as stored:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ssvq_jax.data import sources
-from ssvq_jax.data.crop import CenterCrop, Crop, RandomResizedCrop
+from ssvq_jax.data.crop import CenterCrop, Crop, Interpolation, RandomResizedCrop
 from ssvq_jax.data.folders import FolderSplit
 from ssvq_jax.data.normalization import Normalization
 from ssvq_jax.data.pipeline import Batch, EvalBatch, eval_batches, train_batches
@@ -21,16 +21,14 @@ from ssvq_jax.data.presets import (
 from ssvq_jax.data.split_ranges import overlap
 from ssvq_jax.data.splits import ArraySplit, ImageSplit, RecordSplit
 
-_PHOTOGRAPH_SHARE = 0.875
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
     """An image classification set, and what is done to its images.
 
-    With an `image_size` other than the set's own, images are cut to squares: the middle 87.5 % of
-    the short side of photographs, the whole of images that are all squares of one size. With
-    `augment="imagenet"`, training cuts at random instead.
+    With an `image_size` other than the set's own, images are cut to squares: the middle
+    `crop_share` of the short side of photographs, the whole of images that are all squares of one
+    size. With `augment="imagenet"`, training cuts at random instead.
 
     Attributes:
         name: TFDS name, or an image folder, as for `load_split`.
@@ -41,6 +39,8 @@ class ImageData:
         workers: Processes that prepare batches; the batches are the same for any number. A pass
             over images in memory needs none and has none.
         channels: What the files of an image folder are converted to: 3, 1 or 4.
+        crop_share: Part of the short side of photographs that evaluation keeps, in (0, 1].
+        interpolation: How images are resized: bicubic or bilinear.
 
     Raises:
         ValueError: A preset is unknown, or a number is out of range.
@@ -59,8 +59,11 @@ class ImageData:
     normalization: str = "auto"
     workers: int = 0
     channels: int = 3
+    crop_share: float = 0.875
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
+        CenterCrop(1, self.crop_share, self.interpolation)  # raises
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size={self.image_size}: give the side in pixels, 1 or more")
         if self.workers < 0:
@@ -182,12 +185,12 @@ class ImageData:
                     f"augment={self.augment!r} cuts squares, the images of {self.name!r} are "
                     f"{height} by {width}: give an image_size"
                 )
-            return source, RandomResizedCrop(height)
+            return source, RandomResizedCrop(height, interpolation=self.interpolation)
         own_height, own_width, _ = source.image_shape
         if (height, width) == (own_height, own_width):
             return source, None
         framed = own_height is not None and own_height == own_width
-        crop = CenterCrop(height, 1.0 if framed else _PHOTOGRAPH_SHARE)
+        crop = CenterCrop(height, 1.0 if framed else self.crop_share, self.interpolation)
         return _cut(self.name, split, self.data_dir, self.channels, crop)
 
 

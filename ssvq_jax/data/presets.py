@@ -38,7 +38,7 @@ CIFAR10_NORMALIZATION = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470
 IMAGENET_NORMALIZATION = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's pixels, as most published models use them."""
 
-NORMALIZATION_PRESETS = ("auto", "mnist", "cifar10", "imagenet", "half", "unit")
+NORMALIZATION_PRESETS = ("auto", "mnist", "cifar10", "imagenet", "half", "lite", "unit")
 """Names that `normalization_preset` takes."""
 
 
@@ -68,7 +68,8 @@ def normalization_preset(name: str, channels: int) -> Normalization:
 
     Args:
         name: `"mnist"` for one channel; `"cifar10"` or `"imagenet"` for three; `"half"`, pixels in
-            [-1, 1], or `"unit"`, pixels in [0, 1], for any number; `"auto"` is `"mnist"` for one
+            [-1, 1], `"lite"`, (p - 127) / 128 of pixels p in 0 to 255, as EfficientNet-Lite has it,
+            or `"unit"`, pixels in [0, 1], for any number; `"auto"` is `"mnist"` for one
             channel and `"imagenet"` for three.
         channels: Channels of the images.
 
@@ -87,6 +88,7 @@ def normalization_preset(name: str, channels: int) -> Normalization:
         raise ValueError(f"normalization={name!r}: choose one of {choices}")
     fitting = {
         "half": Normalization((0.5,) * channels, (0.5,) * channels),
+        "lite": Normalization((127 / 255,) * channels, (128 / 255,) * channels),
         "unit": Normalization((0.0,) * channels, (1.0,) * channels),
     }
     if channels == 1:

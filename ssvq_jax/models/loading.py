@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from ssvq_jax.models.registry import CONFIGS, create
+from ssvq_jax.models.registry import (
+    REGISTRY,
+    InputRecipe,
+    create,
+    import_weights,
+    registered,
+)
+from ssvq_jax.models.tensor_files import load_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,11 @@ class LoadedModel:
     name: str
     module: nn.Module
     variables: Mapping[str, Any] | None = None
+
+    @property
+    def inputs(self) -> InputRecipe | None:
+        """How images are prepared for it, if it is one of the registry's that says so."""
+        return REGISTRY[self.name].inputs if self.name in REGISTRY else None
 
     @property
     def image_size(self) -> int | None:
@@ -89,6 +101,31 @@ class LoadedModel:
             )
         return shape[1]
 
+    def import_weights(
+        self, path: Path, image_shape: tuple[int, int, int], *, new_head: bool = False
+    ) -> dict[str, Any]:
+        """Reads weights of another implementation of a model of the registry.
+
+        Args:
+            path: a ``.pth`` or ``.safetensors`` file with that implementation's names.
+            image_shape: ``(h, w, c)``.
+            new_head: begin with an untrained classifier: for other classes.
+
+        Returns:
+            The variables.
+
+        Raises:
+            ValueError: if the file cannot be read, or does not fit.
+        """
+        if self.name not in REGISTRY:
+            raise ValueError(
+                f"{path} has weights of another framework, and model '{self.name}' is not of the "
+                "registry: bring them into its own tree, and give a .safetensors file of that"
+            )
+        tensors = load_tensors(path)
+        own = self.init(jax.random.key(0), image_shape) if new_head else self.shapes(image_shape)
+        return import_weights(self.name, tensors, own, source=str(path), new_head=new_head)
+
     def _call(self, transform: Any, key: Any, image_shape: tuple[int, int, int]) -> Any:
         signature = inspect.signature(type(self.module).__call__)
         train: dict[str, Any] = {"train": False} if "train" in signature.parameters else {}
@@ -133,12 +170,13 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
         224
     """
     if ":" not in name:
-        if name not in CONFIGS:
+        task = registered(name).task
+        if task != "classification":
             raise ValueError(
-                f"model '{name}' is unknown: choose one of {sorted(CONFIGS)}, or give your own as "
-                "module:function"
+                f"model '{name}' is for {task}: commands take models that classify images, others "
+                "through `ssvq_jax.models.create` in Python"
             )
-        return LoadedModel(name, create(name, classes=classes, scan=scan))
+        return LoadedModel(name, create(name, num_classes=classes, scan=scan))
     if scan:
         raise ValueError(f"scan is for models of the registry; let '{name}' build its own scan")
     function = _find(name)

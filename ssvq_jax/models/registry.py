@@ -1,52 +1,259 @@
-"""Models by name."""
+"""Models by name: how each is made, which images it takes, and whose weights it can be given."""
 
 import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssvq_jax.models.vit import ViT, ViTConfig
+from ssvq_jax.models import (
+    convnext,
+    deeplab,
+    efficientnet,
+    llama,
+    mobilenet,
+    mobilenet_v3,
+    resnet,
+    swin,
+    vit,
+)
+from ssvq_jax.models.import_convnext import import_convnext
+from ssvq_jax.models.import_deeplab import import_deeplab
+from ssvq_jax.models.import_deit import import_deit
+from ssvq_jax.models.import_efficientnet import import_efficientnet_lite
+from ssvq_jax.models.import_llama import import_llama
+from ssvq_jax.models.import_mobilenet import import_mobilenet_v2, import_mobilenet_v3
+from ssvq_jax.models.import_resnet import import_resnet
+from ssvq_jax.models.import_state_dict import Tensors
+from ssvq_jax.models.import_swin import import_swin
 
-CONFIGS: dict[str, ViTConfig] = {
-    "deit_tiny": ViTConfig(width=192, heads=3),
-    "deit_small": ViTConfig(width=384, heads=6),
-    "deit_base": ViTConfig(width=768, heads=12),
-    # For 32x32 colour images (CIFAR).
-    "deit_cifar": ViTConfig(image_size=32, patch_size=4, width=192, depth=9, heads=3, classes=10),
-    # For 28x28 digits: 16 patches of 7x7.
-    "deit_digits": ViTConfig(
+Task = Literal["classification", "segmentation", "language"]
+Importer = Callable[..., dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputRecipe:
+    """How images are prepared for a model that was trained on ImageNet.
+
+    Attributes:
+        normalization: name of a normalization of `ssvq_jax.data`.
+        crop_share: part of the short side that the middle crop keeps.
+        interpolation: how images are resized.
+    """
+
+    normalization: str = "imagenet"
+    crop_share: float = 0.875
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    @property
+    def resizing(self) -> dict[str, Any]:
+        """How they become squares, by argument of `ssvq_jax.data.ImageData`."""
+        return {"crop_share": self.crop_share, "interpolation": self.interpolation}
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A model under a name.
+
+    Attributes:
+        module: its class, which takes ``config``.
+        config: its sizes; has ``classes`` unless it is a language model.
+        importer: gives it the weights of other implementations, see `import_weights`.
+        inputs: how images are prepared, for models of the field.
+        task: what it does.
+    """
+
+    module: type[nn.Module]
+    config: Any
+    importer: Importer
+    inputs: InputRecipe | None = None
+    task: Task = "classification"
+
+
+# For 32x32 colour images (CIFAR), and for 28x28 digits: 16 patches of 7x7.
+_SMALL = {
+    "deit_cifar": vit.ViTConfig(
+        image_size=32, patch_size=4, width=192, depth=9, heads=3, classes=10
+    ),
+    "deit_digits": vit.ViTConfig(
         image_size=28, channels=1, patch_size=7, width=48, depth=2, heads=3, classes=10
     ),
 }
+_DEIT = {
+    "deit_tiny": vit.ViTConfig(width=192, heads=3),
+    "deit_small": vit.ViTConfig(width=384, heads=6),
+    "deit_base": vit.ViTConfig(width=768, heads=12),
+}
+_DISTILLED = {
+    f"{name}_distilled": dataclasses.replace(config, distilled=True)
+    for name, config in _DEIT.items()
+}
+_LITE_INPUTS = {  # as timm's
+    "efficientnet_lite0": InputRecipe("lite", 0.875),
+    "efficientnet_lite1": InputRecipe("lite", 0.882),
+    "efficientnet_lite2": InputRecipe("lite", 0.890),
+    "efficientnet_lite3": InputRecipe("lite", 0.904, "bilinear"),
+    "efficientnet_lite4": InputRecipe("lite", 0.920, "bilinear"),
+}
 
 
-def create(name: str, *, classes: int | None = None, scan: bool = False) -> ViT:
+def _import_deit(
+    tensors: Tensors, shapes: Any, config: Any, *, source: str, keep: Iterable[str] = ()
+) -> dict[str, Any]:
+    del config  # the shapes say it all
+    return import_deit(tensors, shapes, source=source, keep=keep)
+
+
+def _family(
+    module: type[nn.Module],
+    configs: Mapping[str, Any],
+    importer: Importer,
+    inputs: InputRecipe | None = None,
+    task: Task = "classification",
+) -> dict[str, Registered]:
+    return {
+        name: Registered(module, config, importer, inputs, task) for name, config in configs.items()
+    }
+
+
+_PHOTOGRAPHS, _BILINEAR = InputRecipe(), InputRecipe(interpolation="bilinear")
+_UNIT = InputRecipe("half", 0.875, "bilinear")  # pixels in -1 to 1, as TensorFlow's models
+
+REGISTRY: Mapping[str, Registered] = {
+    **_family(vit.ViT, _DEIT | _DISTILLED, _import_deit, _PHOTOGRAPHS),
+    **_family(vit.ViT, _SMALL, _import_deit),
+    **_family(swin.Swin, swin.CONFIGS, import_swin, _PHOTOGRAPHS),
+    **_family(convnext.ConvNeXt, convnext.CONFIGS, import_convnext, _PHOTOGRAPHS),
+    **_family(resnet.ResNet, resnet.CONFIGS, import_resnet, _BILINEAR),
+    **{
+        name: Registered(
+            mobilenet.MobileNetV2,
+            config,
+            import_mobilenet_v2,
+            _UNIT if name.startswith("tf_") else _PHOTOGRAPHS,
+        )
+        for name, config in mobilenet.CONFIGS.items()
+    },
+    **_family(mobilenet_v3.MobileNetV3, mobilenet_v3.CONFIGS, import_mobilenet_v3, _PHOTOGRAPHS),
+    **{
+        name: Registered(
+            efficientnet.EfficientNetLite,
+            config,
+            import_efficientnet_lite,
+            _LITE_INPUTS[name],
+        )
+        for name, config in efficientnet.CONFIGS.items()
+    },
+    **_family(deeplab.DeepLab, deeplab.CONFIGS, import_deeplab, _UNIT, "segmentation"),
+    **_family(llama.Llama, llama.CONFIGS, import_llama, task="language"),
+}
+
+
+def registered(name: str) -> Registered:
+    """Finds a model.
+
+    Raises:
+        ValueError: for an unknown name, with those nearest to it.
+
+    Example:
+        >>> registered("efficientnet_lite0").inputs.normalization
+        'lite'
+    """
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, REGISTRY, n=3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"model '{name}' is unknown: {meant}choose one of {sorted(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    scan: bool = False,
+    remat: bool = False,
+    dtype: Any = jnp.float32,
+) -> Any:
     """Makes a model by name.
 
     Args:
-        name: a key of `CONFIGS`.
-        classes: number of classes, if not the name's own.
-        scan: scan over stacked blocks.
+        name: a key of `REGISTRY`.
+        num_classes: number of classes, if not the name's own.
+        scan: scan over stacked blocks, for models of equal blocks.
+        remat: compute blocks again for the backward pass, for models that have it.
+        dtype: dtype of activations; parameters are float32.
 
     Returns:
         The module; its ``config`` tells the image size.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or an option that the model does not have.
 
     Example:
         >>> create("deit_tiny").config.width
         192
     """
-    if name not in CONFIGS:
-        raise ValueError(f"model '{name}' is unknown: choose one of {sorted(CONFIGS)}")
-    config = CONFIGS[name]
-    if classes is not None:
-        config = dataclasses.replace(config, classes=classes)
-    return ViT(config, scan=scan)
+    found = registered(name)
+    config = found.config
+    if num_classes is not None:
+        if found.task == "language":
+            raise ValueError(f"num_classes={num_classes}: model '{name}' predicts tokens")
+        config = dataclasses.replace(config, classes=num_classes)
+    options: dict[str, Any] = {"scan": scan, "remat": remat}
+    fields = {field.name for field in dataclasses.fields(found.module)}
+    for option, wanted in options.items():
+        if wanted and option not in fields:
+            raise ValueError(f"{option}: model '{name}' has none; leave it out")
+    chosen = {option: wanted for option, wanted in options.items() if option in fields}
+    return found.module(config=config, dtype=dtype, **chosen)  # type: ignore[call-arg]
 
 
-def param_shapes(model: ViT) -> dict:
+def import_weights(
+    name: str,
+    tensors: Tensors,
+    variables: Any,
+    *,
+    source: str,
+    new_head: bool = False,
+) -> dict[str, Any]:
+    """Gives a model of the registry the weights of another implementation of it.
+
+    Args:
+        name: a key of `REGISTRY`.
+        tensors: the weights by name, of timm, torchvision, transformers, or as published.
+        variables: the model's own: shapes, or arrays if the head is to stay.
+        source: what the tensors are of, for messages.
+        new_head: leave the classifier as it is in ``variables``: for other classes.
+
+    Returns:
+        The variables.
+
+    Raises:
+        ValueError: naming tensors and leaves that do not fit.
+    """
+    found = registered(name)
+    keep = (r"(.*/)?(head|head_dist|classifier)/(kernel|bias)",) if new_head else ()
+    return found.importer(tensors, variables, found.config, source=source, keep=keep)
+
+
+def input_shapes(model: Any, batch: int = 1) -> jax.ShapeDtypeStruct:
+    """Shape of what a model of the registry takes: images, or a full context of tokens."""
+    if isinstance(model, llama.Llama):
+        return jax.ShapeDtypeStruct((batch, model.config.context), jnp.int32)
+    config = model.config
+    shape = (batch, config.image_size, config.image_size, config.channels)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def variable_shapes(model: Any) -> dict[str, Any]:
+    """Shapes of a model's variables, ``params`` among them, without computing any."""
+    return dict(jax.eval_shape(model.init, jax.random.key(0), input_shapes(model)))
+
+
+def param_shapes(model: Any) -> dict[str, Any]:
     """Shapes of a model's parameters, without computing any.
 
     Example:
@@ -54,6 +261,4 @@ def param_shapes(model: ViT) -> dict:
         >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
         5717416
     """
-    size = model.config.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, model.config.channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return variable_shapes(model)["params"]

@@ -22,6 +22,7 @@ class ViTConfig:
         heads: attention heads; divides ``width``.
         mlp_ratio: hidden features of the MLP over ``width``.
         classes: number of classes.
+        distilled: a distillation token with a head of its own beside the class token's.
     """
 
     image_size: int = 224
@@ -32,6 +33,7 @@ class ViTConfig:
     heads: int = 3
     mlp_ratio: int = 4
     classes: int = 1000
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         if self.classes < 1:
@@ -66,16 +68,21 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between them."""
+    """Two dense layers with a GELU between them.
 
-    config: ViTConfig
+    Attributes:
+        hidden: features between them.
+        dtype: dtype of activations.
+    """
+
+    hidden: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "b t w"]) -> Float[Array, "b t w"]:
+    def __call__(self, tokens: Float[Array, "*batch w"]) -> Float[Array, "*batch w"]:
         """Transforms each token."""
-        hidden = _dense(self.config.mlp_ratio * self.config.width, self.dtype, "fc1")(tokens)
-        return _dense(self.config.width, self.dtype, "fc2")(nn.gelu(hidden, approximate=False))
+        hidden = _dense(self.hidden, self.dtype, "fc1")(tokens)
+        return _dense(tokens.shape[-1], self.dtype, "fc2")(nn.gelu(hidden, approximate=False))
 
 
 class Block(nn.Module):
@@ -90,7 +97,8 @@ class Block(nn.Module):
         norm1 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")
         norm2 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")
         tokens = tokens + Attention(self.config, self.dtype, name="attn")(norm1(tokens))
-        return tokens + Mlp(self.config, self.dtype, name="mlp")(norm2(tokens))
+        hidden = self.config.mlp_ratio * self.config.width
+        return tokens + Mlp(hidden, self.dtype, name="mlp")(norm2(tokens))
 
 
 class ViT(nn.Module):
@@ -103,11 +111,13 @@ class ViT(nn.Module):
         scan: stack the blocks' parameters on a leading axis (``blocks/attn/qkv/kernel``) and scan
             over them: compile time no longer grows with depth.
         dtype: dtype of activations; parameters are float32.
+        remat: compute the blocks again for the backward pass instead of keeping what they computed.
     """
 
     config: ViTConfig
     scan: bool = False
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
@@ -117,7 +127,8 @@ class ViT(nn.Module):
             images: normalised images, NHWC.
 
         Returns:
-            Logits, float32.
+            Logits, float32; of a distilled model the mean of its two heads', which it sows as
+            ``class_logits`` and ``distillation_logits``.
         """
         cfg = self.config
         init = nn.initializers.truncated_normal(0.02)
@@ -126,10 +137,14 @@ class ViT(nn.Module):
             cfg.width, patch, patch, "VALID", kernel_init=init, dtype=self.dtype, name="patch_embed"
         )
         patches = embed(images.astype(self.dtype)).reshape(images.shape[0], -1, cfg.width)
-        cls = self.param("cls_token", init, (1, 1, cfg.width)).astype(self.dtype)
-        tokens = jnp.concatenate([jnp.tile(cls, (images.shape[0], 1, 1)), patches], axis=1)
+        names = ["cls_token", "dist_token"] if cfg.distilled else ["cls_token"]
+        learned = [self.param(name, init, (1, 1, cfg.width)).astype(self.dtype) for name in names]
+        learned = [jnp.tile(token, (images.shape[0], 1, 1)) for token in learned]
+        tokens = jnp.concatenate([*learned, patches], axis=1)
         positions = self.param("pos_embed", init, (1, tokens.shape[1], cfg.width))
         tokens = tokens + positions.astype(self.dtype)
+        # Inside a scan nothing is computed twice by chance: no barrier is needed against it.
+        block_class = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
             blocks = nn.scan(
                 lambda block, carry, _: (block(carry), None),
@@ -137,9 +152,16 @@ class ViT(nn.Module):
                 split_rngs={"params": True},
                 length=cfg.depth,
             )
-            tokens, _ = blocks(Block(cfg, self.dtype, name="blocks"), tokens, None)
+            tokens, _ = blocks(block_class(cfg, self.dtype, name="blocks"), tokens, None)
         else:
             for i in range(cfg.depth):
-                tokens = Block(cfg, self.dtype, name=f"blocks_{i}")(tokens)
+                tokens = block_class(cfg, self.dtype, name=f"blocks_{i}")(tokens)
+                self.sow("intermediates", f"block_{i}", tokens)
         tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
-        return _dense(cfg.classes, jnp.float32, "head")(tokens[:, 0].astype(jnp.float32))
+        logits = _dense(cfg.classes, jnp.float32, "head")(tokens[:, 0].astype(jnp.float32))
+        if not cfg.distilled:
+            return logits
+        taught = _dense(cfg.classes, jnp.float32, "head_dist")(tokens[:, 1].astype(jnp.float32))
+        self.sow("intermediates", "class_logits", logits)
+        self.sow("intermediates", "distillation_logits", taught)
+        return (logits + taught) / 2

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from ssvq_jax.models.loading import LoadedModel
-
-SAFETENSORS = ".safetensors"
+from ssvq_jax.models.tensor_files import SAFETENSORS, load_tensors
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -53,21 +52,6 @@ def load_weights(path: Path) -> dict[str, Any]:
         return {"params": tree}
     collections = ("params", "batch_stats")
     return {name: tree[name] for name in collections if tree.get(name) is not None}
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Reads the arrays of a safetensors file under their names.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the last two of dtypes
-        raise ValueError(f"{path} cannot be read as a safetensors file ({error})") from error
 
 
 def fit_weights(

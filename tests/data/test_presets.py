@@ -52,7 +52,7 @@ def test_every_name_fits_some_images():
     [
         ("imgnet", 3, "normalization='imgnet': choose one of auto, mnist, cifar10, imagenet"),
         ("mnist", 3, "'mnist' is not for images of 3 channels: choose one of auto, cifar10"),
-        ("auto", 4, "'auto' is not for images of 4 channels: choose one of half, unit"),
+        ("auto", 4, "'auto' is not for images of 4 channels: choose one of half, lite, unit"),
     ],
 )
 def test_bad_normalization(name: str, channels: int, message: str):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax.models import CONFIGS, ViT, ViTConfig, create, param_shapes
+from ssvq_jax.models import REGISTRY, ViT, ViTConfig, create, param_shapes
 from ssvq_jax.tree import leaves_by_path
 
 SMALL = ViTConfig(image_size=8, channels=2, patch_size=4, width=12, depth=2, heads=3, classes=5)
@@ -85,14 +85,14 @@ def test_bfloat16_activations_keep_float32_parameters_and_logits():
 
 
 def test_classes_can_be_chosen():
-    assert create("deit_tiny", classes=7).config.classes == 7
-    assert "deit_digits" in CONFIGS
+    assert create("deit_tiny", num_classes=7).config.classes == 7
+    assert "deit_digits" in REGISTRY
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: create("deit"), "model 'deit' is unknown: choose one of"),
+        (lambda: create("deit"), "model 'deit' is unknown: did you mean deit_.*choose one of"),
         (lambda: ViTConfig(patch_size=15), "patch_size=15 does not divide image_size=224"),
         (lambda: ViTConfig(heads=5), "heads=5 does not divide width=192"),
     ],

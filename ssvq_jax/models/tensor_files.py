@@ -1,0 +1,26 @@
+"""Files of tensors by name, of whatever framework."""
+
+from pathlib import Path
+from typing import Any
+
+from ssvq_jax.models.read_pth import read_pth
+
+SAFETENSORS = ".safetensors"
+PICKLED = (".pth", ".pt", ".bin")
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads the arrays of a ``.safetensors`` file, or of a PyTorch state dict, under their names.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if path.suffix in PICKLED:
+        return read_pth(path)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the last two of dtypes
+        raise ValueError(f"{path} cannot be read as a safetensors file ({error})") from error
