@@ -120,7 +120,8 @@ def _layout(path: str, axes: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _squeezed(tensor: np.ndarray) -> np.ndarray:
-    return tensor.reshape(tensor.shape[:2])
+    """Without axes of length 1 after the second; as it is if there are others, which do not fit."""
+    return tensor.reshape(tensor.shape[:2]) if set(tensor.shape[2:]) <= {1} else tensor
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from ssvq_jax.models.registry import (
     InputRecipe,
     create,
     import_weights,
-    registered,
+    unknown,
 )
 from ssvq_jax.models.tensor_files import load_tensors
 
@@ -170,7 +170,9 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
         224
     """
     if ":" not in name:
-        task = registered(name).task
+        if name not in REGISTRY:
+            raise ValueError(f"{unknown(name)}, or give your own as module:function")
+        task = REGISTRY[name].task
         if task != "classification":
             raise ValueError(
                 f"model '{name}' is for {task}: commands take models that classify images, others "

@@ -156,17 +156,22 @@ def registered(name: str) -> Registered:
     """Finds a model.
 
     Raises:
-        ValueError: for an unknown name, with those nearest to it.
+        ValueError: for an unknown name.
 
     Example:
         >>> registered("efficientnet_lite0").inputs.normalization
         'lite'
     """
     if name not in REGISTRY:
-        near = difflib.get_close_matches(name, REGISTRY, n=3)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"model '{name}' is unknown: {meant}choose one of {sorted(REGISTRY)}")
+        raise ValueError(unknown(name))
     return REGISTRY[name]
+
+
+def unknown(name: str) -> str:
+    """Says that there is no such model, what there is, and which names are nearest."""
+    near = difflib.get_close_matches(name, REGISTRY, n=3)
+    nearest = f" (nearest: {', '.join(near)})" if near else ""
+    return f"model '{name}' is unknown: choose one of {sorted(REGISTRY)}{nearest}"
 
 
 def create(

@@ -101,7 +101,7 @@ def test_published_weights_are_packed_and_judged_by_images(weights, images, caps
     [
         (["models", "fetch"], "no name: give one of"),
         (["models", "fetch", "deit_tiny"], "no published weights for 'deit_tiny' can be fetched"),
-        (["models", "list", "deit"], "model 'deit' is unknown: did you mean"),
+        (["models", "list", "deit"], "model 'deit' is unknown: choose one of"),
         (
             ["eval", "--model", "efficientnet_lite0", "--images", "."],
             "ssvq models fetch efficientn",

@@ -59,7 +59,7 @@ def test_classes_and_options():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: create("resnet"), "model 'resnet' is unknown: did you mean resnet"),
+        (lambda: create("resnet"), "model 'resnet' is unknown: choose one of .*nearest: resnet"),
         (lambda: create("nothing at all"), "model 'nothing at all' is unknown: choose one of"),
         (lambda: create("resnet18", scan=True), "scan: model 'resnet18' has none"),
         (lambda: create("efficientnet_lite0", remat=True), "remat: model 'efficientnet_lite0' has"),

@@ -92,7 +92,7 @@ def test_classes_can_be_chosen():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: create("deit"), "model 'deit' is unknown: did you mean deit_.*choose one of"),
+        (lambda: create("deit"), "model 'deit' is unknown: choose one of .*nearest: deit_"),
         (lambda: ViTConfig(patch_size=15), "patch_size=15 does not divide image_size=224"),
         (lambda: ViTConfig(heads=5), "heads=5 does not divide width=192"),
     ],

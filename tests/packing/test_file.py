@@ -797,7 +797,7 @@ def test_coded_fields_that_claim_terabytes_cost_no_memory(size, tmp_path):
     refused(tmp_path / "x", "'w'.*", lambda opened: opened.verify())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 50 * (tmp_path / "x").stat().st_size
+    assert peak < 2**18  # nothing near what is claimed; other tests decide what is imported here
 
 
 def test_a_codebook_that_blows_up_is_refused(tmp_path):
