@@ -67,7 +67,9 @@ class EvalCommand(BatchOptions, ModelOptions):
             shape = model.image_shape(command.image_size)
         height, width, channels = shape
         shape = height, width, channels
-        weights = open_weights(command.weights, model, shape, self.which or "last")
+        weights = open_weights(
+            command.weights, model, shape, self.which or "last", new_head=self.new_head
+        )
         normalization = command.normalization or "auto"
         result, rows = judge_images(model, weights, folder, self.labels, shape, normalization)
         result |= {"model": command.model, "weights": weights.origin}

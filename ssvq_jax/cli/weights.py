@@ -81,14 +81,14 @@ def open_weights(
     Raises:
         ValueError: if there are none, or they do not fit the model.
     """
-    from ssvq_jax.models import PUBLISHED, fetched, fit_weights, load_weights
+    from ssvq_jax.models import PUBLISHED, fetched, fit_weights, is_foreign, load_weights
 
     shapes = model.shapes(image_shape)
     if path is None and model.variables is None and model.name in PUBLISHED:
         path = fetched(model.name)
     if path is not None and run_config(path) is not None:
         return _from_run(path, shapes, which) if path.is_dir() else _from_packed(path, shapes)
-    foreign = path is not None and _is_foreign(path)
+    foreign = path is not None and is_foreign(path)
     if new_head and path is not None and not foreign:
         raise ValueError(
             "new_head is for published weights of another implementation: leave it out"
@@ -113,17 +113,6 @@ def open_weights(
     params = variables.pop("params")
     origin = {"from": source, "crc32": checksum((params, variables))}
     return Weights(params, variables, None, None, origin)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a file has the names of another framework."""
-    from ssvq_jax.models import PICKLED, SAFETENSORS, load_tensors
-
-    if path.suffix in PICKLED:
-        return True
-    if path.suffix != SAFETENSORS or not path.is_file():
-        return False
-    return any(name.endswith((".weight", ".running_mean")) for name in load_tensors(path))
 
 
 def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:

@@ -11,12 +11,11 @@ from ssvq_jax.models.registry import (
     param_shapes,
     variable_shapes,
 )
-from ssvq_jax.models.tensor_files import PICKLED, SAFETENSORS, load_tensors
+from ssvq_jax.models.tensor_files import SAFETENSORS, is_foreign, load_tensors
 from ssvq_jax.models.vit import ViT, ViTConfig
 from ssvq_jax.models.weights import fit_weights, load_weights
 
 __all__ = [
-    "PICKLED",
     "PUBLISHED",
     "REGISTRY",
     "SAFETENSORS",
@@ -30,6 +29,7 @@ __all__ = [
     "fit_weights",
     "import_weights",
     "input_shapes",
+    "is_foreign",
     "load_model",
     "load_tensors",
     "load_weights",

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from ssvq_jax.atomic import replace_file
 
-_CHUNK = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -164,8 +162,5 @@ def _download(published: Published, folder: Path) -> Path:
 
 
 def _sha256(file: Path) -> str:
-    found = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

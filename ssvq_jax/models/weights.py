@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 
 from ssvq_jax.models.loading import LoadedModel
 from ssvq_jax.models.tensor_files import SAFETENSORS, load_tensors
+from ssvq_jax.models.variables import paths_of
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -72,11 +73,11 @@ def fit_weights(
         ValueError: naming the first leaf that is missing, too many, of another shape, or not
             finite.
     """
-    found = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    found = paths_of(variables)
     leaves = []
-    for path, wanted in jax.tree_util.tree_leaves_with_path(shapes):
-        leaf = found.pop(_path(path), None)
-        where = f"'{_path(path)}' of model '{model.name}'"
+    for path, wanted in paths_of(shapes).items():
+        leaf = found.pop(path, None)
+        where = f"'{path}' of model '{model.name}'"
         if leaf is None:
             raise ValueError(f"{source} has no leaf {where}: these are weights of another model")
         if tuple(leaf.shape) != tuple(wanted.shape):
@@ -84,7 +85,7 @@ def fit_weights(
                 f"{source}: leaf {where} is {list(leaf.shape)} there, and the model has "
                 f"{list(wanted.shape)}: check classes and image size"
             )
-        is_param = _path(path).startswith("params/")
+        is_param = path.startswith("params/")
         leaves.append(jnp.asarray(leaf, None if is_param else wanted.dtype))
         bad = leaves[-1].size - int(jnp.isfinite(leaves[-1]).sum())
         if bad:
@@ -95,10 +96,6 @@ def fit_weights(
             f"'{min(found)}': these are weights of another model"
         )
     return dict(jax.tree.unflatten(jax.tree.structure(shapes), leaves))
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _read_msgpack(file: Path) -> Any:
