@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ssvq_jax.models.spatial import convolve
 from ssvq_jax.models.vit import Mlp
 
 
@@ -159,7 +160,8 @@ def _conv(
 ) -> nn.Conv:
     return nn.Conv(
         features, (size, size), stride, padding=padding, feature_group_count=groups, dtype=dtype,
-        name=name, kernel_init=nn.initializers.truncated_normal(0.02),
+        kernel_init=nn.initializers.truncated_normal(0.02), conv_general_dilated=convolve,
+        name=name,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from ssvq_jax.models.inverted_residual import PYTORCH, TENSORFLOW, ConvNorm, Numerics
 from ssvq_jax.models.mobilenet import MobileNetV2Backbone, MobileNetV2Config
+from ssvq_jax.models.spatial import convolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class MobileHead(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(pooled, beside.shape), beside], axis=-1)
         x = ConvNorm(cfg.features, PYTORCH, name="project", **shared)(x, train)
         x = nn.Dropout(cfg.dropout, deterministic=not train)(x).astype(jnp.float32)
-        return nn.Conv(cfg.classes, (1, 1), name="classifier")(x)
+        return _classifier(cfg)(x)
 
 
 class SeparableConvNorm(nn.Module):
@@ -148,6 +149,7 @@ class SeparableConvNorm(nn.Module):
             feature_group_count=x.shape[-1],
             use_bias=False,
             dtype=self.dtype,
+            conv_general_dilated=convolve,
             name="depthwise",
         )(x)
         mix = ConvNorm(self.features, PYTORCH, activation="relu", dtype=self.dtype, name="mix")
@@ -181,7 +183,11 @@ class PlusHead(nn.Module):
         fine = ConvNorm(48, PYTORCH, name="fine", **shared)(fine, train)
         x = jnp.concatenate([x, fine], axis=-1)
         x = SeparableConvNorm(cfg.features, dtype=self.dtype, name="decode")(x, train)
-        return nn.Conv(cfg.classes, (1, 1), name="classifier")(x.astype(jnp.float32))
+        return _classifier(cfg)(x.astype(jnp.float32))
+
+
+def _classifier(config: DeepLabConfig) -> nn.Conv:
+    return nn.Conv(config.classes, (1, 1), conv_general_dilated=convolve, name="classifier")
 
 
 class DeepLab(nn.Module):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ssvq_jax.models.spatial import convolve
+
 
 class Numerics(NamedTuple):
     """What implementations of one network differ in.
@@ -156,6 +158,7 @@ class ConvNorm(nn.Module):
             feature_group_count=self.groups,
             use_bias=False,
             dtype=self.dtype,
+            conv_general_dilated=convolve,
             name="conv",
         )(x)
         x = nn.BatchNorm(

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ssvq_jax.models.spatial import convolve, max_pool
+
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
@@ -111,8 +113,7 @@ class ResNet(nn.Module):
         cfg = self.config
         x = _conv(cfg.width, 7, 2, self.dtype, "conv1")(images.astype(self.dtype))
         x = nn.relu(_norm(train, self.dtype, "bn1")(x))
-        pads = ((1, 1), (1, 1))
-        x = nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType] (as of conv)
+        x = max_pool(x, 3, 2, 1)
         block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         for stage, depth in enumerate(cfg.depths):
             for i in range(depth):
@@ -130,6 +131,7 @@ def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Co
     return nn.Conv(
         features, (size, size), stride, padding=size // 2, use_bias=False, dtype=dtype, name=name,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=convolve,
     )  # fmt: skip
 
 
