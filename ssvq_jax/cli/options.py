@@ -125,7 +125,7 @@ class TrainingOptions(BatchOptions, FolderOptions):
     """How a training run is carried out."""
 
     augment: str = "none"
-    """Augmentation of training images: none, digits, cifar or imagenet."""
+    """Augmentation of training images: none, digits, cifar, imagenet, deit or cifar-deit."""
     validate_every: int | None = None
     """Steps between two validations; by default a tenth of the run. The best is kept."""
     save_seconds: float = 60.0

@@ -14,6 +14,7 @@ from ssvq_jax.data.embedded import (
 )
 from ssvq_jax.data.folders import FolderSplit, open_folder
 from ssvq_jax.data.image_data import ImageData
+from ssvq_jax.data.mixing import CutMix, Mixed, Mixing, Mixup, MixupOrCutMix
 from ssvq_jax.data.normalization import MNIST_NORMALIZATION, Normalization
 from ssvq_jax.data.pipeline import Batch, EvalBatch, eval_batches, train_batches
 from ssvq_jax.data.prefetch import BatchIterator
@@ -26,6 +27,7 @@ from ssvq_jax.data.presets import (
     augmentation_preset,
     normalization_preset,
 )
+from ssvq_jax.data.rand_augment import RandAugment
 from ssvq_jax.data.sources import list_splits, load_split
 from ssvq_jax.data.splits import ArraySplit, Example, ImageSplit, RecordSplit
 
@@ -44,13 +46,19 @@ __all__ = [
     "BatchIterator",
     "CenterCrop",
     "Crop",
+    "CutMix",
     "EvalBatch",
     "Example",
     "FolderSplit",
     "HorizontalFlip",
     "ImageData",
     "ImageSplit",
+    "Mixed",
+    "Mixing",
+    "Mixup",
+    "MixupOrCutMix",
     "Normalization",
+    "RandAugment",
     "RandomResizedCrop",
     "RecordSplit",
     "Shift",

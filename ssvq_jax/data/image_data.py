@@ -28,13 +28,14 @@ class ImageData:
 
     With an `image_size` other than the set's own, images are cut to squares: the middle
     `crop_share` of the short side of photographs, the whole of images that are all squares of one
-    size. With `augment="imagenet"`, training cuts at random instead.
+    size. With `augment="imagenet"` or `"deit"`, training cuts at random instead.
 
     Attributes:
         name: TFDS name, or an image folder, as for `load_split`.
         data_dir: Root of the TFDS directory; None for TFDS's own.
         image_size: Height and width of the images in batches; None for the set's own.
-        augment: Key of `AUGMENTATION_PRESETS`.
+        augment: Key of `AUGMENTATION_PRESETS`. With `"deit"` or `"cifar-deit"`, training batches
+            hold mixed images, and `other_label` and `share`.
         normalization: One of `NORMALIZATION_PRESETS`.
         workers: Processes that prepare batches; the batches are the same for any number. A pass
             over images in memory needs none and has none.
@@ -111,7 +112,7 @@ class ImageData:
         Args:
             split: As for `open`.
             batch_size: Examples a batch.
-            seed: Decides order, crops and augmentation.
+            seed: Decides order, crops, augmentation and mixing.
 
         Returns:
             An iterator of `Batch`, images of `image_shape(split)`.
@@ -121,12 +122,14 @@ class ImageData:
                 cut at random without being squares, and there is no `image_size`.
         """
         source, crop = self._prepared(split, train=True)
+        preset = augmentation_preset(self.augment)
         return train_batches(
             source,
             batch_size,
             seed=seed,
             crop=crop,
-            augment=augmentation_preset(self.augment).augment,
+            augment=preset.augment,
+            mix=preset.mix,
             normalization=self._normalization(source),
             workers=self.workers,
         )
@@ -179,13 +182,14 @@ class ImageData:
         """Returns the split, and the crop that batches still need."""
         source = self.open(split)
         height, width, _ = self.image_shape(split)
-        if train and augmentation_preset(self.augment).random_crop:
+        scale = augmentation_preset(self.augment).crop_scale
+        if train and scale is not None:
             if height != width:
                 raise ValueError(
                     f"augment={self.augment!r} cuts squares, the images of {self.name!r} are "
                     f"{height} by {width}: give an image_size"
                 )
-            return source, RandomResizedCrop(height, interpolation=self.interpolation)
+            return source, RandomResizedCrop(height, scale, interpolation=self.interpolation)
         own_height, own_width, _ = source.image_shape
         if (height, width) == (own_height, own_width):
             return source, None

@@ -9,23 +9,30 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Shaped, UInt8
 
 from ssvq_jax.data.augment import Augmentation
 from ssvq_jax.data.crop import Crop
+from ssvq_jax.data.mixing import Mixing
 from ssvq_jax.data.normalization import MNIST_NORMALIZATION, Normalization
 from ssvq_jax.data.prefetch import BatchIterator, PrefetchIterator
 from ssvq_jax.data.splits import ImageSplit
 
 
 class Batch(TypedDict):
-    """`image`, normalised float32 `[b, h, w, c]`, and `label`, int32 `[b]`."""
+    """`image`, normalised float32 `[b, h, w, c]`, and `label`, int32 `[b]`.
+
+    Of mixed images, also the partner's label, `other_label`, int32 `[b]`, and the weight `share` of
+    the image's own, float32 `[b]`.
+    """
 
     image: Float32[np.ndarray, "b h w c"]
     label: Int32[np.ndarray, " b"]
+    other_label: NotRequired[Int32[np.ndarray, " b"]]
+    share: NotRequired[Float32[np.ndarray, " b"]]
 
 
 class EvalBatch(Batch):
@@ -41,6 +48,7 @@ def train_batches(
     seed: int,
     crop: Crop | None = None,
     augment: Sequence[Augmentation] = (),
+    mix: Mixing | None = None,
     normalization: Normalization = MNIST_NORMALIZATION,
     threads: int = 1,
     workers: int = 0,
@@ -54,9 +62,10 @@ def train_batches(
     Args:
         source: Images and labels; without a `crop`, all images of one size.
         batch_size: Examples a batch.
-        seed: 0 to 2**32 - 1; decides order, crops and augmentation.
+        seed: 0 to 2**32 - 1; decides order, crops, augmentation and mixing.
         crop: Cuts each image to one size.
         augment: Augmentations, applied in order to pixels in [0, 1], before normalisation.
+        mix: Mixes images and labels within the batch, after augmentation and before normalisation.
         normalization: Mean and standard deviation of the channels.
         threads: Background threads that prepare batches ahead, in each process; 0 prepares each
             in `next`. More than one pays only where `source` reads and decodes files.
@@ -88,7 +97,7 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: give 0 to 2**32 - 1")
     order = _EpochOrder(len(source), batch_size, seed)
-    load = _TrainLoader(source, order, crop, tuple(augment), normalization)
+    load = _TrainLoader(source, order, crop, tuple(augment), mix, normalization)
     # grain counts the batches and draws each one's generator from (seed, number). Its shuffle
     # and batch stages would handle every index by itself: 1.5 ms for 128 of them, against 0.01.
     dataset = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(load)
@@ -145,6 +154,7 @@ class _TrainLoader:
     order: "_EpochOrder"
     crop: Crop | None
     augment: tuple[Augmentation, ...]
+    mix: Mixing | None
     normalization: Normalization
 
     def __call__(self, number: int, generator: np.random.Generator) -> Batch:
@@ -152,7 +162,15 @@ class _TrainLoader:
         pixels = _to_unit(images)
         for augmentation in self.augment:
             pixels = augmentation(pixels, generator)
-        return {"image": self.normalization(pixels), "label": labels}
+        if self.mix is None:
+            return {"image": self.normalization(pixels), "label": labels}
+        mixed = self.mix(pixels, labels, generator)
+        return {
+            "image": self.normalization(mixed.images),
+            "label": labels,
+            "other_label": mixed.other_labels,
+            "share": mixed.shares,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ssvq_jax.data.augment import Affine, Augmentation, HorizontalFlip, Shift
+from ssvq_jax.data.mixing import Mixing, MixupOrCutMix
 from ssvq_jax.data.normalization import MNIST_NORMALIZATION, Normalization
+from ssvq_jax.data.rand_augment import RandAugment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,23 +16,35 @@ class AugmentationPreset:
 
     Attributes:
         augment: Changes of whole batches, in order.
-        random_crop: Whether each image is first cut by a `RandomResizedCrop`.
+        crop_scale: The `scale` of the `RandomResizedCrop` that first cuts each image; None for no
+            random crop.
+        mix: Mixes images and labels after `augment`; None for no mixing.
     """
 
     augment: tuple[Augmentation, ...] = ()
-    random_crop: bool = False
+    crop_scale: tuple[float, float] | None = None
+    mix: Mixing | None = None
 
+
+_DEIT = RandAugment(operations=2, magnitude=9, deviation=0.5, probability=0.5)
 
 AUGMENTATION_PRESETS: Mapping[str, AugmentationPreset] = MappingProxyType(
     {
         "none": AugmentationPreset(),
         "digits": AugmentationPreset((Affine(degrees=12.0, scale=0.12), Shift(2))),
         "cifar": AugmentationPreset((Shift(4), HorizontalFlip())),
-        "imagenet": AugmentationPreset((HorizontalFlip(),), random_crop=True),
+        "imagenet": AugmentationPreset((HorizontalFlip(),), crop_scale=(0.25, 1.0)),
+        "deit": AugmentationPreset(
+            (_DEIT, HorizontalFlip()), crop_scale=(0.08, 1.0), mix=MixupOrCutMix()
+        ),
+        "cifar-deit": AugmentationPreset((_DEIT, Shift(4), HorizontalFlip()), mix=MixupOrCutMix()),
     }
 )
 """`digits` turns, scales and shifts but never mirrors; `cifar` is for images of about 32 pixels;
-`imagenet` is for photographs."""
+`imagenet` is for photographs. `deit`, for photographs, and `cifar-deit`, for images of about 32
+pixels, are for long training from scratch, with RandAugment, and Mixup or CutMix, as for DeiT
+(https://arxiv.org/abs/2012.12877, table 9). Its random erasing, repeated augmentation and label
+smoothing are not part of them."""
 
 CIFAR10_NORMALIZATION = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 """Mean and standard deviation of the pixels of CIFAR-10's 50,000 training images."""

@@ -104,7 +104,48 @@ def test_imagenet_preset_cuts_at_random_in_training_only(squares: data.ImageData
     assert len(seen) == 12
 
 
-@pytest.mark.parametrize("augment", ["none", "imagenet"])
+@pytest.mark.parametrize(
+    ("augment", "scale"), [("imagenet", (0.25, 1.0)), ("deit", (0.08, 1.0)), ("cifar-deit", None)]
+)
+def test_presets_are_what_train_batches_is_given(
+    squares: data.ImageData, augment: str, scale: tuple[float, float] | None
+):
+    preset = data.augmentation_preset(augment)
+    expected = data.train_batches(
+        squares.open("train"),
+        4,
+        seed=5,
+        crop=None if scale is None else data.RandomResizedCrop(12, scale),
+        augment=preset.augment,
+        mix=preset.mix,
+        normalization=data.normalization_preset("unit", 3),
+    )
+    actual = dataclasses.replace(squares, augment=augment).train("train", 4, seed=5)
+    for _ in range(3):
+        one, other = next(actual), next(expected)
+        assert set(one) == set(other)
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_mixed_batches(squares: data.ImageData):
+    for augment in ("deit", "cifar-deit"):
+        mixed = dataclasses.replace(squares, augment=augment)
+        batch = next(mixed.train("train", 4, seed=0))
+        assert set(batch) == {"image", "label", "other_label", "share"}
+        assert batch["image"].min() >= 0
+        assert batch["image"].max() <= 1
+        (evaluated,) = mixed.evaluate("train", 4)
+        assert set(evaluated) == {"image", "label", "mask"}
+
+
+def test_four_channels_are_not_for_deit(squares: data.ImageData):
+    four = dataclasses.replace(squares, augment="cifar-deit", channels=4)
+    with pytest.raises(ValueError, match="have 4 channels: RandAugment is for 3"):
+        next(four.train("train", 4, seed=0))
+
+
+@pytest.mark.parametrize("augment", ["none", "imagenet", "deit"])
 def test_several_sizes_need_an_image_size(photographs: data.ImageData, augment: str):
     with pytest.raises(ValueError, match="differ in size: give an image_size"):
         dataclasses.replace(photographs, augment=augment).train("train", 2, seed=0)

@@ -1,5 +1,6 @@
 """Tests of the batches: order, reproducibility, resumption, padding, normalisation."""
 
+import copy
 import itertools
 import json
 
@@ -23,6 +24,10 @@ def numbered() -> data.ArraySplit:
 
 def take(batches: data.BatchIterator[data.Batch], count: int) -> list[data.Batch]:
     return list(itertools.islice(batches, count))
+
+
+def take_mixed(batches: data.BatchIterator[data.Batch], count: int) -> list[dict[str, np.ndarray]]:
+    return [{key: np.asarray(value) for key, value in x.items()} for x in take(batches, count)]
 
 
 def assert_same(first: list[data.Batch], second: list[data.Batch]) -> None:
@@ -170,6 +175,78 @@ def test_batches_stay_what_they_were(numbered: data.ArraySplit):
         [5, 9, 9, 0],
     ]
     assert [int(batch["image"].max()) for batch in batches] == [888, 263, 606]
+
+
+class QuarterOfNext:
+    """Mixes each image with a quarter of the next in the batch."""
+
+    def __call__(
+        self, images: np.ndarray, labels: np.ndarray, generator: np.random.Generator
+    ) -> data.Mixed:
+        share = np.full(len(images), 0.75, np.float32)
+        mixed = np.float32(0.75) * images + np.float32(0.25) * np.roll(images, -1, axis=0)
+        return data.Mixed(mixed, np.roll(labels, -1), share)
+
+
+def test_mixed_batches_by_hand(numbered: data.ArraySplit):
+    """Images of 20 times the label; the order is that without mixing."""
+    normalization = data.Normalization((0.5,), (0.25,))
+    batches = data.train_batches(
+        numbered, 4, seed=7, mix=QuarterOfNext(), normalization=normalization
+    )
+    (batch,) = take_mixed(batches, 1)
+    assert batch["label"].tolist() == [8, 0, 7, 1]
+    assert batch["other_label"].tolist() == [0, 7, 1, 8]
+    assert batch["share"].tolist() == [0.75] * 4
+    pixels = batch["image"][:, 0, 0, 0] * 0.25 + 0.5
+    np.testing.assert_allclose(pixels * 255, [120, 35, 110, 55], rtol=1e-6)
+
+
+def test_mixing_comes_after_augmentation(digits: data.ArraySplit):
+    """It is given the augmented pixels, and the generator as augmentation leaves it."""
+
+    class Note:
+        def __call__(self, images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+            noted.append((data.Shift(2)(images, generator), copy.deepcopy(generator)))
+            return noted[-1][0]
+
+    noted: list[tuple[np.ndarray, np.random.Generator]] = []
+    mix, plain = data.MixupOrCutMix(), data.Normalization((0.0,), (1.0,))
+    batches = data.train_batches(
+        digits, 32, seed=0, augment=[Note()], mix=mix, normalization=plain, threads=0
+    )
+    for batch, (augmented, generator) in zip(take_mixed(batches, 3), noted, strict=True):
+        mixed = mix(augmented, batch["label"], generator)
+        np.testing.assert_array_equal(batch["image"], mixed.images)
+        np.testing.assert_array_equal(batch["other_label"], mixed.other_labels)
+        np.testing.assert_array_equal(batch["share"], mixed.shares)
+        assert batch["other_label"].dtype == np.int32
+        assert batch["share"].dtype == np.float32
+
+
+def test_without_mixing_there_are_two_arrays(numbered: data.ArraySplit):
+    assert set(next(data.train_batches(numbered, 4, seed=0))) == {"image", "label"}
+    assert set(next(data.eval_batches(numbered, 4))) == {"image", "label", "mask"}
+
+
+def test_mixed_batches_resume_on_any_threads_and_workers(digits: data.ArraySplit):
+    def start(**changes: int) -> data.BatchIterator[data.Batch]:
+        return data.train_batches(
+            digits, 48, seed=7, augment=(data.RandAugment(),), mix=data.MixupOrCutMix(), **changes
+        )
+
+    batches = start(threads=0)
+    expected = take(batches, 6)
+    assert all("share" in batch for batch in expected)
+    assert_same(take(start(threads=3), 6), expected)
+    on_workers = start(workers=2)
+    assert_same(take(on_workers, 2), expected[:2])
+    state = json.loads(json.dumps(on_workers.get_state()))
+    on_workers.close()
+    for changes in ({"threads": 0}, {"threads": 1}):
+        resumed = start(**changes)
+        resumed.set_state(state)
+        assert_same(take(resumed, 4), expected[2:])
 
 
 @pytest.mark.parametrize(("batch_size", "masks"), [(5, [5, 5]), (4, [4, 4, 2]), (16, [10])])

@@ -6,12 +6,16 @@ import pytest
 from ssvq_jax import data
 
 
-def test_every_preset_keeps_shape_and_range():
-    images = np.random.default_rng(0).random((5, 12, 12, 3), dtype=np.float32)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_preset_keeps_shape_and_range(channels: int):
+    images = np.random.default_rng(0).random((5, 12, 12, channels), dtype=np.float32)
     for name in data.AUGMENTATION_PRESETS:
         result = images
         for augmentation in data.augmentation_preset(name).augment:
             result = augmentation(result, np.random.default_rng(0))
+        mix = data.augmentation_preset(name).mix
+        if mix is not None:
+            result = mix(result, np.arange(5, dtype=np.int32), np.random.default_rng(0)).images
         assert result.shape == images.shape
         assert result.min() >= 0
         assert result.max() <= 1
@@ -21,8 +25,18 @@ def test_what_the_presets_are():
     assert data.augmentation_preset("none") == data.AugmentationPreset()
     digits = data.augmentation_preset("digits").augment
     assert digits == (data.Affine(degrees=12.0, scale=0.12), data.Shift(2))
-    random_crop = [name for name, preset in data.AUGMENTATION_PRESETS.items() if preset.random_crop]
-    assert random_crop == ["imagenet"]
+    scales = {name: preset.crop_scale for name, preset in data.AUGMENTATION_PRESETS.items()}
+    scales = {name: scale for name, scale in scales.items() if scale is not None}
+    assert scales == {"imagenet": (0.25, 1.0), "deit": (0.08, 1.0)}
+    mixed = {name: preset.mix for name, preset in data.AUGMENTATION_PRESETS.items() if preset.mix}
+    assert mixed == dict.fromkeys(("deit", "cifar-deit"), data.MixupOrCutMix(0.8, 1.0, 1.0, 0.5))
+
+
+@pytest.mark.parametrize("name", data.AUGMENTATION_PRESETS)
+def test_rounding_to_8_bits_comes_first(name: str):
+    augment = data.augmentation_preset(name).augment
+    places = [i for i, each in enumerate(augment) if isinstance(each, data.RandAugment)]
+    assert places == ([0] if name.endswith("deit") else [])
 
 
 @pytest.mark.parametrize(
@@ -61,5 +75,7 @@ def test_bad_normalization(name: str, channels: int, message: str):
 
 
 def test_bad_augmentation():
-    with pytest.raises(ValueError, match="augment='flip': choose one of none, digits, cifar, imag"):
+    with pytest.raises(
+        ValueError, match="augment='flip': choose one of none, digits, cifar, imagenet, deit, ci"
+    ):
         data.augmentation_preset("flip")
