@@ -91,7 +91,9 @@ _DISTILLED = {
     f"{name}_distilled": dataclasses.replace(config, distilled=True)
     for name, config in _DEIT.items()
 }
-_LITE_INPUTS = {  # as timm's
+# timm's, but for the normalization: TensorFlow trained with (p - 127) / 128, which timm rounds to
+# (p - 127.5) / 127.5.
+_LITE_INPUTS = {
     "efficientnet_lite0": InputRecipe("lite", 0.875),
     "efficientnet_lite1": InputRecipe("lite", 0.882),
     "efficientnet_lite2": InputRecipe("lite", 0.890),
@@ -119,25 +121,42 @@ def _family(
     }
 
 
-_PHOTOGRAPHS, _BILINEAR = InputRecipe(), InputRecipe(interpolation="bilinear")
-_UNIT = InputRecipe("half", 0.875, "bilinear")  # pixels in -1 to 1, as TensorFlow's models
+_BICUBIC, _BILINEAR = InputRecipe(), InputRecipe(interpolation="bilinear")
+_LARGER = InputRecipe(crop_share=0.9)
+_GOOGLE = InputRecipe("half", 0.875, "bilinear")
+_DEEPLAB_INPUTS = {
+    "deeplabv3_mobilenetv2": InputRecipe("half", 513 / 545, "bilinear"),
+    "deeplabv3_mobilenetv2_os8": InputRecipe("half", 513 / 545, "bilinear"),
+    # segmentation-models-pytorch says no more than the normalization.
+    "deeplabv3plus_mobilenetv2": InputRecipe("imagenet", 1.0, "bilinear"),
+}
 
+# Recipes of inputs are timm's (ResNet: of torchvision's weights there), transformers' for Google's
+# weights (`tf_mobilenetv2`, `deeplabv3`), torchvision's for its own.
 REGISTRY: Mapping[str, Registered] = {
-    **_family(vit.ViT, _DEIT | _DISTILLED, _import_deit, _PHOTOGRAPHS),
+    **_family(vit.ViT, _DEIT | _DISTILLED, _import_deit, _LARGER),
     **_family(vit.ViT, _SMALL, _import_deit),
-    **_family(swin.Swin, swin.CONFIGS, import_swin, _PHOTOGRAPHS),
-    **_family(convnext.ConvNeXt, convnext.CONFIGS, import_convnext, _PHOTOGRAPHS),
+    **_family(swin.Swin, swin.CONFIGS, import_swin, _LARGER),
+    **_family(convnext.ConvNeXt, convnext.CONFIGS, import_convnext, _BICUBIC),
     **_family(resnet.ResNet, resnet.CONFIGS, import_resnet, _BILINEAR),
     **{
         name: Registered(
             mobilenet.MobileNetV2,
             config,
             import_mobilenet_v2,
-            _UNIT if name.startswith("tf_") else _PHOTOGRAPHS,
+            _GOOGLE if name.startswith("tf_") else _BICUBIC,
         )
         for name, config in mobilenet.CONFIGS.items()
     },
-    **_family(mobilenet_v3.MobileNetV3, mobilenet_v3.CONFIGS, import_mobilenet_v3, _PHOTOGRAPHS),
+    **{
+        name: Registered(
+            mobilenet_v3.MobileNetV3,
+            config,
+            import_mobilenet_v3,
+            _BILINEAR if name.startswith("torchvision_") else _BICUBIC,
+        )
+        for name, config in mobilenet_v3.CONFIGS.items()
+    },
     **{
         name: Registered(
             efficientnet.EfficientNetLite,
@@ -147,7 +166,12 @@ REGISTRY: Mapping[str, Registered] = {
         )
         for name, config in efficientnet.CONFIGS.items()
     },
-    **_family(deeplab.DeepLab, deeplab.CONFIGS, import_deeplab, _UNIT, "segmentation"),
+    **{
+        name: Registered(
+            deeplab.DeepLab, config, import_deeplab, _DEEPLAB_INPUTS[name], "segmentation"
+        )
+        for name, config in deeplab.CONFIGS.items()
+    },
     **_family(llama.Llama, llama.CONFIGS, import_llama, task="language"),
 }
 

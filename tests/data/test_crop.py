@@ -31,6 +31,22 @@ def test_any_size_gives_the_size(shape: tuple[int, int, int], crop: data.Crop):
     assert cropped.dtype == np.uint8
 
 
+@pytest.mark.parametrize(
+    ("width", "left"),
+    [(248, 12), (261, 18), (251, 14)],  # margins of 18.5 and 13.5 to the even side, as torchvision
+)
+def test_the_short_side_is_rounded_down_as_in_timm(width: int, left: int):
+    image = random_image(248, width, 3)  # 224 / 0.9 = 248.9, so nothing is resized
+    cropped = data.CenterCrop(224, share=0.9)(image)
+    np.testing.assert_array_equal(cropped, image[12:236, left : left + 224])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.999, 0.904, 0.9, 0.882])
+@pytest.mark.parametrize("shape", [(30, 31, 3), (31, 30, 3), (8, 8, 3), (223, 225, 3)])
+def test_nothing_is_too_small_after_resizing(shape: tuple[int, int, int], share: float):
+    assert data.CenterCrop(30, share)(random_image(*shape)).shape == (30, 30, 3)
+
+
 def test_centre_keeps_its_share():
     # A gradient of 256 columns: the crop shows columns 16 to 240.
     image = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 1))
