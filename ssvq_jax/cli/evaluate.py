@@ -26,7 +26,7 @@ class EvalCommand(BatchOptions, ModelOptions):
     labels: Path | None = None
     """Table file,label with class indices, for --images."""
     json: bool = False
-    """With --images, print JSON: top1, top5 and the number of images."""
+    """Print the results as one line of JSON: of --images, top1, top5 and the number of images."""
 
     eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
     """Split to evaluate on."""
@@ -43,8 +43,8 @@ class EvalCommand(BatchOptions, ModelOptions):
             dataclasses.replace(self, packed=None, weights=self.packed).run()
         elif self.images is not None:
             self._images(self.images)
-        elif self.labels is not None or self.json:
-            raise ValueError("--labels and --json are for --images: give that, too")
+        elif self.labels is not None:
+            raise ValueError("--labels is for --images: give that, too")
         else:
             self._split()
 
@@ -138,13 +138,16 @@ class EvalCommand(BatchOptions, ModelOptions):
             **size,
             "after": found._asdict(),
         }
-        print_outcome(
-            f"{f'{which} state' if is_run else 'weights'}, split {images.held_out}", results
-        )
+        if self.json:
+            print(json.dumps(results))
+        else:
+            name = f"{which} state" if is_run else "weights"
+            print_outcome(f"{name}, split {images.held_out}", results)
         folder = self.out or (self.weights if is_run else None)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             safe = "".join(c if c.isalnum() else "_" for c in images.held_out)
             file = folder / f"eval-{safe}-{which}.json"
             replace_text(file, json.dumps(results, indent=1) + "\n")
-            print(f"results are in {file}")
+            if not self.json:
+                print(f"results are in {file}")

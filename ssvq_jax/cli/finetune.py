@@ -1,12 +1,17 @@
 """``ssvq finetune``: compress a trained model and train what the method learns."""
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ssvq_jax.cli.options import ModelOptions, TrainingOptions
 from ssvq_jax.training.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.cli.setup import Setup
+    from ssvq_jax.cli.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +32,21 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
         default_factory=OptimizerConfig
     )
     """Learning rates and freezing."""
+    distill: float = 0.0
+    """Share of the loss that is the distance from the logits of a teacher: of the float model."""
+    temperature: float = 1.0
+    """What logits are divided by for that; above 1, the smaller probabilities count for more."""
+    features: Annotated[str | None, tyro.conf.arg(metavar="PATTERN")] = None
+    r"""Regular expression of modules, e.g. 'blocks_\d+' or 'layer4_1', that are to give what the
+    teacher's give, too."""
+    feature_weight: float = 1.0
+    """Weight in the loss of how far these are apart."""
+    teacher: Path | None = None
+    """Float weights of the same model to learn from; by default those that are compressed."""
 
     def run(self) -> None:
         """Fine-tunes, and writes everything."""
-        from ssvq_jax.cli.session import carry_out
+        from ssvq_jax.cli.session import Distillation, carry_out
         from ssvq_jax.cli.setup import set_up
         from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import print_outcome
@@ -39,13 +55,17 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
         optimizer = self.optimizer
         if not self.freezing:
             optimizer = dataclasses.replace(optimizer, freeze=None)
-        setup = set_up(self, augment=self.augment)
+        self._check_distillation()
+        filled = self.fill({"augment": "none", "label_smoothing": 0.0, "average_decay": 0.0})
+        setup = set_up(filled, augment=filled.augment)
         command, weights = setup.options, setup.weights
         plan = open_plan(command.recipe, weights)
+        teacher = self._open_teacher(setup)
         config = setup.config(
             "finetune",
             recipe=plan.to_json()["recipe"],
             optimizer=dataclasses.asdict(optimizer),
+            teacher=teacher and teacher.origin["crc32"],
         )
         results = carry_out(
             setup,
@@ -54,6 +74,38 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
             steps=command.steps,
             optimizer=optimizer,
             label="finetune",
+            distillation=Distillation(
+                command.distill,
+                command.temperature,
+                command.features,
+                command.feature_weight,
+                teacher,
+            ),
         )
         print_outcome("fine-tuned", results)
         print(f"results, pictures and checkpoints are in {command.out}")
+
+    def _check_distillation(self) -> None:
+        """Raises ValueError for options that nothing would read."""
+        if self.teacher is not None and not self.distill and self.features is None:
+            raise ValueError("teacher is for distillation: give --distill 0.5 or --features, too")
+        if self.temperature != 1 and not self.distill:
+            raise ValueError("temperature is for distillation: give --distill, e.g. 0.5, too")
+        if self.feature_weight != 1 and self.features is None:
+            raise ValueError("feature_weight is for distillation: give --features, too")
+
+    def _open_teacher(self, setup: "Setup[Any]") -> "Weights | None":
+        """Float weights to learn from, if any are."""
+        from ssvq_jax.cli.weights import open_weights
+
+        if not self.distill and self.features is None:
+            return None
+        teacher = setup.weights
+        if self.teacher is not None:
+            teacher = open_weights(self.teacher, setup.model, setup.image_shape)
+        if teacher.plan is not None:
+            raise ValueError(
+                f"{teacher.origin['from']} is compressed, and no teacher: give --teacher with the "
+                "float weights"
+            )
+        return teacher

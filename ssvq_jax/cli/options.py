@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 Self = TypeVar("Self", bound="ModelOptions")
+Filled = TypeVar("Filled", bound="TrainingOptions")
 
 
 # What a run that begins with another takes over from it, and what is taken if there is none.
@@ -124,8 +125,12 @@ class FolderOptions:
 class TrainingOptions(BatchOptions, FolderOptions):
     """How a training run is carried out."""
 
-    augment: str = "none"
+    augment: str | None = None
     """Augmentation of training images: none, digits, cifar, imagenet, deit or cifar-deit."""
+    label_smoothing: float | None = None
+    """Share of the labels' probability that is spread over all classes."""
+    average_decay: float | None = None
+    """Judge and keep a moving average of the weights, e.g. 0.999: over about 1,000 steps."""
     validate_every: int | None = None
     """Steps between two validations; by default a tenth of the run. The best is kept."""
     save_seconds: float = 60.0
@@ -135,6 +140,11 @@ class TrainingOptions(BatchOptions, FolderOptions):
     remat: bool = False
     """Compute again in the backward pass what is decoded, and, in the registry's models, the
     activations of blocks: less memory, more time."""
+
+    def fill(self: Filled, values: Mapping[str, Any]) -> Filled:
+        """Takes what was left out from ``values``."""
+        left_out = {name: x for name, x in values.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **left_out)
 
     def check_training(self, steps: int) -> None:
         """Raises ValueError for what is out of range."""

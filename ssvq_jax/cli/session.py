@@ -9,6 +9,7 @@ from ssvq_jax.cli.run_folder import RunFolder
 from ssvq_jax.cli.setup import Setup, has_blocks, make_task
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.cli.weights import Weights
     from ssvq_jax.plan import Plan
     from ssvq_jax.training.finetune import Finetuned
     from ssvq_jax.training.layout import Layout
@@ -16,6 +17,25 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.training.run import Task
 
 RUN = "model"  # name of a folder's only run
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What a run learns from a teacher, in the terms of `ssvq_jax.training.objective.Objective`.
+
+    Attributes:
+        share: of the loss, of the teacher's logits.
+        temperature: of both distributions.
+        features: pattern of modules whose outputs are compared.
+        feature_weight: of these in the loss.
+        teacher: its weights.
+    """
+
+    share: float = 0.0
+    temperature: float = 1.0
+    features: str | None = None
+    feature_weight: float = 1.0
+    teacher: "Weights | None" = None
 
 
 def carry_out(
@@ -26,6 +46,7 @@ def carry_out(
     steps: int,
     optimizer: "OptimizerConfig",
     label: str,
+    distillation: Distillation | None = None,
 ) -> dict[str, Any]:
     """Trains from where the folder's checkpoints are, and writes the results.
 
@@ -36,6 +57,7 @@ def carry_out(
         steps: batches to train on.
         optimizer: rates and freezing.
         label: name of the run in its metrics and pictures.
+        distillation: what is learned from a teacher, if anything is.
 
     Returns:
         The content of ``results.json``.
@@ -54,16 +76,23 @@ def carry_out(
     options, images, weights = setup.options, setup.images, setup.weights
     layout = local_layout(options.devices, shard_state=options.shard_state)
     layout.check_batch(setup.batch_size)
-    task = make_task(
-        setup.model, images, setup.batch_size, devices=layout.devices, remat=options.remat
-    )
+    task = _learning_task(setup, layout.devices, distillation or Distillation())
     if options.remat and not plan.entries and not has_blocks(setup.model):
         raise ValueError(
             f"remat: model '{setup.model.name}' has no blocks that are known here, and no weights "
             "are decoded: use flax.linen.remat in the model"
         )
+    run_options = RunOptions(
+        validate_every=options.validate_every or max(steps // 10, 1),
+        batch_norm_batches=setup.batch_norm_batches,
+        average_decay=options.average_decay,
+        remat=options.remat,
+        layout=layout,
+    )
     # What these refuse, they refuse before there is a folder.
     make_optimizer(plan, steps, optimizer)
+    run_options.check()
+    task.check(weights.params, weights.model_state)
     task.train_batches(setup.seed)
     task.eval_batches()
     folder = RunFolder(options.out, config, resume=options.resume)
@@ -85,12 +114,7 @@ def carry_out(
             variables=weights.variables,
             metrics=folder.metrics,
             checkpoints=checkpoints,
-            options=RunOptions(
-                validate_every=options.validate_every or max(steps // 10, 1),
-                batch_norm_batches=setup.batch_norm_batches,
-                remat=options.remat,
-                layout=layout,
-            ),
+            options=run_options,
         )
         best = checkpoints.best
     results = {
@@ -100,6 +124,7 @@ def carry_out(
         "eval_split": images.held_out,
         "steps": steps,
         "optimizer": dataclasses.asdict(optimizer),
+        "objective": dataclasses.asdict(task.objective),
         "before": done.before._asdict(),
         **summary(plan, done),
         **pack(setup, folder, done),
@@ -112,6 +137,29 @@ def carry_out(
     if plan.entries:
         plot_signs(histories, folder.path / "signs.png")
     return results
+
+
+def _learning_task(setup: Setup[Any], devices: int, distillation: Distillation) -> "Task":
+    """The model with its data, and what it is to learn from them and from a teacher."""
+    from ssvq_jax.training.objective import Objective, Teacher
+
+    options, features, source = setup.options, distillation.features, distillation.teacher
+    task = make_task(
+        setup.model,
+        setup.images,
+        setup.batch_size,
+        devices=devices,
+        remat=options.remat,
+        features=features,
+    )
+    teacher = source and Teacher(task.forward, source.params, source.model_state)
+    objective = Objective(
+        label_smoothing=options.label_smoothing,
+        distillation=distillation.share,
+        temperature=distillation.temperature,
+        feature_weight=0.0 if features is None else distillation.feature_weight,
+    )
+    return dataclasses.replace(task, objective=objective, teacher=teacher)
 
 
 def pack(setup: Setup[Any], folder: RunFolder, done: "Finetuned") -> dict[str, Any]:

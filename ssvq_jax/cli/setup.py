@@ -94,7 +94,7 @@ class Setup(Generic[OptionsT]):
 def set_up(
     options: OptionsT,
     *,
-    augment: str = "none",
+    augment: str | None = None,
     which: Which = "last",
     initial: bool = False,
     compressed: bool = True,
@@ -103,7 +103,7 @@ def set_up(
 
     Args:
         options: the command's.
-        augment: augmentation of training images.
+        augment: augmentation of training images; none by default.
         which: checkpoint of the run in ``weights``.
         initial: begin with random weights where there are no others.
         compressed: take the weights of a compressed run, too.
@@ -117,7 +117,7 @@ def set_up(
         options.check_batches()
     if isinstance(options, FolderOptions):
         check_apart(options.out, options.weights)
-    images = open_images(options, open_model(options, None), augment)
+    images = open_images(options, open_model(options, None), augment or "none")
     classes = images.source.num_classes(images.train)
     model = open_model(options, classes)
     shape = images.source.image_shape(images.train)
@@ -204,6 +204,7 @@ def make_task(
     *,
     devices: int = 1,
     remat: bool = False,
+    features: str | None = None,
 ) -> "Task":
     """The model with its data; batches for evaluation are such that the devices divide them."""
     from ssvq_jax.models.vit import Block
@@ -213,7 +214,7 @@ def make_task(
     blocks = Block if remat and has_blocks(model) else None
     source = images.source
     return Task(
-        linen_forward(model.module, remat=blocks),
+        linen_forward(model.module, remat=blocks, features=features),
         lambda seed: source.train(images.train, batch_size, seed=seed),
         lambda: source.evaluate(images.held_out, round_up(EVAL_BATCH, devices)),
     )

@@ -14,13 +14,16 @@ class TrainCommand(TrainingOptions, ModelOptions):
 
     steps: int = 10_000
     """Batches to train on."""
-    learning_rate: float = 1e-3
-    """Highest rate of AdamW; it rises linearly, then falls with a cosine."""
-    weight_decay: float = 0.05
-    """Of AdamW."""
-    warmup_share: float = 0.05
+    preset: str = "adamw"
+    """Training recipe that fills in what is left out: adamw, sgd, deit, resnet, cifar-deit or
+    cifar-resnet."""
+    learning_rate: float | None = None
+    """Highest rate; it rises linearly, then falls with a cosine."""
+    weight_decay: float | None = None
+    """Of all weights."""
+    warmup_share: float | None = None
     """Share of the run in which the rate rises."""
-    clip_norm: float = 1.0
+    clip_norm: float | None = None
     """Largest global gradient norm."""
     accumulate: int = 1
     """Batches an update."""
@@ -31,23 +34,35 @@ class TrainCommand(TrainingOptions, ModelOptions):
         from ssvq_jax.cli.setup import set_up
         from ssvq_jax.plan import make_plan
         from ssvq_jax.report import print_outcome
-        from ssvq_jax.training.optimizer import OptimizerConfig
+        from ssvq_jax.training.presets import training_preset
 
         self.check_training(self.steps)
-        setup = set_up(self, augment=self.augment, initial=True, compressed=False)
+        preset = training_preset(self.preset)
+        filled = self.fill(
+            {
+                "augment": preset.augment,
+                "label_smoothing": preset.objective.label_smoothing,
+                "average_decay": preset.average_decay,
+                "learning_rate": preset.optimizer.dense,
+                "weight_decay": preset.optimizer.weight_decay,
+                "warmup_share": preset.optimizer.warmup_share,
+                "clip_norm": preset.optimizer.clip_norm,
+            }
+        )
+        setup = set_up(filled, augment=filled.augment, initial=True, compressed=False)
         command = setup.options
         results = carry_out(
             setup,
             setup.config("train"),
             make_plan(setup.weights.params, [(".*", None)]),
             steps=command.steps,
-            optimizer=OptimizerConfig(
+            optimizer=dataclasses.replace(
+                preset.optimizer,
                 dense=command.learning_rate,
                 weight_decay=command.weight_decay,
                 warmup_share=command.warmup_share,
                 clip_norm=command.clip_norm,
                 accumulate=command.accumulate,
-                freeze=None,
             ),
             label="float",
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.packed import packed_config
 from ssvq_jax.cli.run_folder import read_config
+from ssvq_jax.training.average import start_average
 from ssvq_jax.training.checkpoint import Checkpoints, Which
 from ssvq_jax.training.identity import checksum
 from ssvq_jax.tree import leaf_path, split
@@ -131,7 +132,13 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
         except ValueError as error:
             raise ValueError(f"{path} is a run of another model: {error}") from error
         template = {"params": learned, "fixed": fixed, "model_state": others}
+        if checkpoints.notes(which).get("asked", {}).get("average_decay"):  # what it is judged by
+            average = jax.eval_shape(start_average, learned, others)
+            template = {"average": average, "fixed": fixed}
         state = checkpoints.restore(template, plan, which, partial=True).state
+    if "average" in state:
+        found = state["average"].read((learned, others))
+        state |= dict(zip(("params", "model_state"), found, strict=True))
     variables = {**state["params"], **state["fixed"]}
     origin = {"from": str(path), "which": which, "crc32": checksum(state)}
     return _encoded(params, state["model_state"], plan, variables, origin)

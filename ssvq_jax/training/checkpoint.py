@@ -241,6 +241,14 @@ class Checkpoints:
         """
         return Plan.from_json(self._metadata(self._step(which))["plan"])
 
+    def notes(self, which: Which = "last") -> dict[str, Any]:
+        """The run's own remarks in a checkpoint.
+
+        Raises:
+            ValueError: if there is none, or it is of another format.
+        """
+        return self._metadata(self._step(which))["notes"]
+
     def _step(self, which: Which) -> int:
         step = self.last if which == "last" else self.best
         if step is None:

@@ -79,17 +79,22 @@ def finetune(
         The finalized model and its history.
 
     Raises:
-        ValueError: for options out of range, a batch size that the devices do not divide, or a
-            checkpoint of a run with other weights, plan, steps, optimizer, seed or key.
+        ValueError: for options out of range, an objective that lacks its teacher or features, a
+            batch size that the devices do not divide, or a checkpoint of a run with other weights,
+            plan, steps, objective, optimizer, seed or key.
         OSError: if a checkpoint cannot be written.
     """
     options = options or RunOptions()
     options.check()
+    task.check(params, model_state)
     tx = make_optimizer(plan, steps, optimizer)
     asked = {
         "steps": steps,
         "seed": seed,
         "batch_norm_batches": options.batch_norm_batches,
+        "average_decay": options.average_decay,
+        "objective": dataclasses.asdict(task.objective),
+        "teacher": task.teacher and checksum((task.teacher.params, task.teacher.model_state)),
         "optimizer": dataclasses.asdict(optimizer),
         "key": jax.random.key_data(key).tolist(),
         "weights": checksum((params if variables is None else variables, model_state)),
@@ -101,7 +106,8 @@ def finetune(
         encoded = (
             plan.init(encoding_key(key), params, progress=True) if variables is None else variables
         )
-        return make_state(task.forward, encoded, tx, run_key, model_state)
+        average = options.average_decay > 0
+        return make_state(task.forward, encoded, tx, run_key, model_state, average=average)
 
     start = params, variables, model_state
     if checkpoints is not None and checkpoints.last is not None:

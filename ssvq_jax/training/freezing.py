@@ -180,6 +180,17 @@ def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(start, steps, alpha=end / start)
 
 
+def frozen_signs(opt_state: optax.OptState) -> dict[str, Bool[Array, "..."]]:
+    """Finds the freeze masks, by leaf path, in the state of an optimizer; empty without any."""
+    states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, FreezeState))
+    return {
+        path: mask
+        for state in states
+        if isinstance(state, FreezeState)
+        for path, mask in state.frozen.items()
+    }
+
+
 def _check(
     every: int,
     threshold: float | optax.Schedule,

@@ -13,6 +13,7 @@ from ssvq_jax.quantizers.base import check_integer
 from ssvq_jax.training.freezing import FreezeTo, cosine_threshold, freeze_signs
 
 MomentDtype = Literal["float32", "bfloat16"]
+Rule = Literal["adamw", "sgd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,13 @@ class FreezeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a learning rate a group, cosine decay, and clipping of the global norm.
+    """A learning rate a group, cosine decay, and clipping of the global norm.
+
+    Codebooks, signs, scales and steps always have Adam.
 
     Attributes:
+        rule: of dense leaves and latent weights: AdamW, or SGD with Nesterov's momentum, whose
+            weight decay is added to the gradient (arXiv 1711.05101 compares the two).
         dense: learning rate of uncompressed leaves.
         codebook: learning rate of codebooks.
         sign: learning rate of sign latents; relative to the weights' scale it sets how many flip.
@@ -54,11 +59,14 @@ class OptimizerConfig:
         freeze: sign freezing, or None to let all signs flip to the end.
         accumulate: batches whose mean gradient makes one update; takes 4 more bytes a parameter.
             Batch statistics still move with every batch.
-        moment_dtype: of Adam's first moment, an average that changes by a tenth in every update,
-            more than bfloat16's rounding (a 256th). The second moment is always float32: it changes
-            by a thousandth, so in bfloat16 it stays where its largest gradient put it.
+        momentum: of SGD.
+        moment_dtype: of Adam's first moment and SGD's momentum, averages that change by a tenth in
+            every update, more than bfloat16's rounding (a 256th). The second moment is always
+            float32: it changes by a thousandth, so in bfloat16 it stays where its largest gradient
+            put it.
     """
 
+    rule: Rule = "adamw"
     dense: float = 1e-4
     codebook: float = 1e-3
     sign: float = 1e-3
@@ -69,6 +77,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     freeze: FreezeConfig | None = dataclasses.field(default_factory=FreezeConfig)
     accumulate: int = 1
+    momentum: float = 0.9
     moment_dtype: MomentDtype = "float32"
 
     def check(self) -> None:
@@ -88,6 +97,10 @@ class OptimizerConfig:
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share}: a share of the run is between 0 and 1")
         check_integer("accumulate", self.accumulate, least=1)
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"rule={self.rule!r}: choose one of {get_args(Rule)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: give at least 0, below 1")
         if self.moment_dtype not in get_args(MomentDtype):
             raise ValueError(
                 f"moment_dtype={self.moment_dtype!r}: choose one of {get_args(MomentDtype)}"
@@ -120,18 +133,28 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
         )
     updates = max(steps // config.accumulate, 1)
 
-    def adam(peak: float, weight_decay: float | None = None) -> optax.GradientTransformation:
-        rate, moment_dtype = _schedule(peak, updates, config), config.moment_dtype
-        if weight_decay is None:
-            return _in_float32(optax.adam(rate, mu_dtype=moment_dtype))
-        return _in_float32(optax.adamw(rate, weight_decay=weight_decay, mu_dtype=moment_dtype))
+    def adam(peak: float) -> optax.GradientTransformation:
+        rate = _schedule(peak, updates, config)
+        return _in_float32(optax.adam(rate, mu_dtype=config.moment_dtype))
+
+    def decayed(peak: float) -> optax.GradientTransformation:
+        """The rule of leaves that have weight decay."""
+        rate, decay, dtype = (
+            _schedule(peak, updates, config),
+            config.weight_decay,
+            config.moment_dtype,
+        )
+        if config.rule == "adamw":
+            return _in_float32(optax.adamw(rate, weight_decay=decay, mu_dtype=dtype))
+        sgd = optax.sgd(rate, config.momentum, nesterov=True, accumulator_dtype=dtype)
+        return _in_float32(optax.chain(optax.add_decayed_weights(decay), sgd))
 
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "dense": adam(config.dense, config.weight_decay),
+        "dense": decayed(config.dense),
         "codebook": adam(config.codebook),
         "sign": adam(config.sign),
         "scale": optax.chain(adam(config.scale), _relative()),
-        "latent": adam(config.latent, config.weight_decay),
+        "latent": decayed(config.latent),
     }
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, plan.labels)

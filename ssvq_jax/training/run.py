@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from ssvq_jax.plan import Plan
+from ssvq_jax.training.average import start_average
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
 from ssvq_jax.training.checkpoint import Checkpoints
 from ssvq_jax.training.layout import Layout, local_layout
 from ssvq_jax.training.loop import fit
 from ssvq_jax.training.metrics import MetricsFile
+from ssvq_jax.training.objective import Objective, Teacher, check_features, features_of
 from ssvq_jax.training.step import (
     Batch,
     CompressionState,
@@ -33,11 +35,31 @@ class Task:
         train_batches: called with a seed; gives endless batches. To be resumed, the iterator must
             have ``get_state`` and ``set_state``, as grain's have.
         eval_batches: called; gives one pass over the examples to judge by, with masks.
+        objective: what training minimises.
+        teacher: the model that the objective learns from, if it does.
     """
 
     forward: Forward
     train_batches: Callable[[int], Iterator[Batch]]
     eval_batches: Callable[[], Iterable[Batch]]
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    teacher: Teacher | None = None
+
+    def check(self, params: PyTree, model_state: PyTree) -> None:
+        """Raises ValueError if the objective cannot be evaluated; shapes of a model will do."""
+        self.objective.check(self.teacher)
+        if self.teacher is None or not self.objective.feature_weight:
+            return
+        batches = self.train_batches(0)
+        images = next(batches)["image"]
+        _close(batches)
+
+        def features(forward: Forward, params: PyTree, state: PyTree) -> dict[str, Any]:
+            return jax.eval_shape(
+                lambda p, s, x: features_of(forward(p, s, x, None)[1]), params, state, images
+            )
+
+        check_features(features(self.forward, params, model_state or {}), features(*self.teacher))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +71,9 @@ class RunOptions:
             the one with the least loss is kept as the best. None for none but the first and last.
         batch_norm_batches: training batches over which batch statistics are re-estimated before
             each evaluation; 0 keeps the running averages.
+        average_decay: of the moving averages of the weights, by which the run is then judged and
+            finalized, e.g. 0.999: an average over the last thousand steps; 0 for none. See
+            `ssvq_jax.training.average`.
         remat: decode the weights again in the backward pass: less memory, more time; see
             `ssvq_jax.training.step.make_train_step`.
         layout: devices; by default all local ones.
@@ -56,6 +81,7 @@ class RunOptions:
 
     validate_every: int | None = None
     batch_norm_batches: int = 0
+    average_decay: int | float = 0.0
     remat: bool = False
     layout: Layout | None = None
 
@@ -65,6 +91,10 @@ class RunOptions:
             raise ValueError(f"validate_every={self.validate_every}: give at least 1, or nothing")
         if self.batch_norm_batches < 0:
             raise ValueError(f"batch_norm_batches={self.batch_norm_batches}: give at least 0")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(
+                f"average_decay={self.average_decay}: give at least 0 (no average) and below 1"
+            )
 
 
 class Run:
@@ -120,7 +150,14 @@ class Run:
         self, state: CompressionState, steps: int, metrics: MetricsFile | None
     ) -> tuple[CompressionState, list[dict[str, Any]]]:
         """Runs the training loop."""
-        step = make_train_step(self.plan, layout=self.layout, remat=self.options.remat)
+        step = make_train_step(
+            self.plan,
+            layout=self.layout,
+            remat=self.options.remat,
+            objective=self.task.objective,
+            teacher=self.task.teacher,
+            average_decay=self.options.average_decay,
+        )
         return fit(
             state,
             step,
@@ -140,7 +177,10 @@ class Run:
         after, model_state = self.judge(state)
         self.notes["after"] = after._asdict()
         self._lap("evaluate")
-        state = state.replace(model_state=model_state)
+        # What was judged is what the run came to.
+        state = state.averaged.replace(model_state=model_state)
+        if state.average is not None:
+            state = state.replace(average=start_average(state.params, model_state))
         self.keep(state, steps, loss=after.loss, force=True)
         if self.checkpoints is not None:
             self.checkpoints.wait()
@@ -148,6 +188,7 @@ class Run:
 
     def judge(self, state: CompressionState) -> tuple[Evaluation, PyTree]:
         """Evaluates the finalized model; returns the batch statistics it was done with, too."""
+        state = state.averaged
         params = self.plan.finalize(state.variables).decode()
         model_state = state.model_state
         count = self.options.batch_norm_batches

@@ -4,7 +4,9 @@ A float model is trained by the plan that compresses nothing: there is one code 
 """
 
 import contextlib
+import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,8 +19,16 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, Key
 
 from ssvq_jax.plan import Plan
-from ssvq_jax.training.freezing import FreezeState
+from ssvq_jax.training.average import start_average, update_average
+from ssvq_jax.training.freezing import FreezeState, frozen_signs
 from ssvq_jax.training.layout import Layout
+from ssvq_jax.training.objective import (
+    INTERMEDIATES,
+    Objective,
+    Outputs,
+    Teacher,
+    features_of,
+)
 from ssvq_jax.training.remat import remat_calls
 from ssvq_jax.tree import PyTree, Variables, split
 
@@ -40,30 +50,45 @@ class Forward(Protocol):
         ...
 
 
-def linen_forward(module: nn.Module, *, remat: type[nn.Module] | None = None) -> Forward:
-    """Wraps a linen module: passes ``train`` where its call takes it, updates its collections.
+def linen_forward(
+    module: nn.Module, *, remat: type[nn.Module] | None = None, features: str | None = None
+) -> Forward:
+    r"""Wraps a linen module: passes ``train`` where its call takes it, updates its collections.
 
     Args:
         module: called with images, and with ``train=`` if its signature has that.
         remat: class of the model's blocks, e.g. `ssvq_jax.models.vit.Block`. For the backward pass
             each block then keeps its input and the results of its matrix products, and computes the
             rest again: less memory, more time, the same gradients.
+        features: regular expression of the paths of inner modules, e.g. ``blocks_\d+``. Their
+            outputs are then in the collection ``intermediates`` that the function returns, for
+            `ssvq_jax.training.objective.features_of`. Modules under ``nn.scan`` have none.
 
     Returns:
         The module as a function.
     """
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
+    def wanted(inner: nn.Module, method: str) -> bool:
+        path = "/".join(inner.path)
+        return method == "__call__" and bool(re.fullmatch(features or "", path)) and path != ""
+
+    capture = wanted if features else False
+    captured = [INTERMEDIATES] if features else []
+
     def forward(
         params: PyTree, model_state: PyTree, images: Array, key: Key[Array, ""] | None
     ) -> tuple[Float[Array, "b classes"], PyTree]:
         train: dict[str, Any] = {"train": key is not None} if takes_train else {}
         variables = {"params": params, **model_state}
+        apply = functools.partial(
+            module.apply, variables, images, **train, capture_intermediates=capture
+        )
         if key is None:
-            return jnp.asarray(module.apply(variables, images, **train)), model_state
-        rngs, mutable = {"dropout": key}, list(model_state)
+            logits, found = apply(mutable=captured)
+            return jnp.asarray(logits), {**model_state, **found}
         with contextlib.nullcontext() if remat is None else remat_calls(remat):
-            return module.apply(variables, images, **train, rngs=rngs, mutable=mutable)
+            return apply(rngs={"dropout": key}, mutable=[*model_state, *captured])
 
     return forward
 
@@ -75,6 +100,8 @@ class CompressionState(TrainState):
         fixed: the collection ``vq_state``.
         model_state: the model's own collections, e.g. batch statistics; empty if it has none.
         key: typed PRNG key of the run.
+        average: moving averages of what is learned and of the model's own collections, if the run
+            keeps them; see `ssvq_jax.training.average`.
 
     Trees of shapes and of shardings take this form too, so that no field is an array by type.
     """
@@ -84,11 +111,20 @@ class CompressionState(TrainState):
     fixed: PyTree
     model_state: PyTree
     key: PyTree
+    average: PyTree = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """The three collections of the plan."""
         return {**self.params, **self.fixed}
+
+    @property
+    def averaged(self) -> "CompressionState":
+        """The state with its averages in place of what is learned; itself if it keeps none."""
+        if self.average is None:
+            return self
+        params, model_state = self.average.read((self.params, self.model_state))
+        return self.replace(params=params, model_state=model_state)
 
 
 def make_state(
@@ -97,6 +133,8 @@ def make_state(
     tx: optax.GradientTransformation,
     key: Key[Array, ""],
     model_state: PyTree | None = None,
+    *,
+    average: bool = False,
 ) -> CompressionState:
     """Begins a run.
 
@@ -106,18 +144,21 @@ def make_state(
         tx: the optimizer.
         key: typed PRNG key, for dropout.
         model_state: the model's other collections.
+        average: keep moving averages, for a step with an ``average_decay``.
 
     Returns:
         A state of its own: training donates its buffers, so the arrays given here are copied.
     """
     learned, fixed = jax.tree.map(jnp.copy, split(variables))
+    model_state = jax.tree.map(jnp.copy, model_state or {})
     state = CompressionState.create(
         apply_fn=forward,
         params=learned,
         tx=tx,
         fixed=fixed,
-        model_state=jax.tree.map(jnp.copy, model_state or {}),
+        model_state=model_state,
         key=jnp.copy(key),
+        average=start_average(learned, model_state) if average else None,
     )
     return state.replace(step=jnp.zeros([], jnp.int32))  # flax begins with a Python number
 
@@ -126,8 +167,14 @@ TrainStep = Callable[[CompressionState, Batch], tuple[CompressionState, dict[str
 
 
 def make_train_step(
-    plan: Plan, *, layout: Layout | None = None, remat: bool = False
-) -> jax.stages.Wrapped:
+    plan: Plan,
+    *,
+    layout: Layout | None = None,
+    remat: bool = False,
+    objective: Objective | None = None,
+    teacher: Teacher | None = None,
+    average_decay: float = 0.0,
+) -> Any:
     """Compiles decode, forward, backward and update into one step.
 
     Args:
@@ -138,16 +185,32 @@ def make_train_step(
         remat: decode the weights again for the backward pass instead of keeping them and their
             parts, about 8 bytes a compressed weight. The activations are the model's: see
             `linen_forward`.
+        objective: what is minimised; by default the cross-entropy.
+        teacher: the model that the objective learns from.
+        average_decay: of the state's moving averages, if it keeps them.
 
     Returns:
-        A jitted `TrainStep`: a function of a state, whose buffers it takes over (they are donated),
-        and a batch ``{"image": [b, h, w, c], "label": int32 [b]}``; it returns the next state and
-        scalars: loss, accuracy, and with sign latents the shares ``flipped`` (at least once) and
-        ``frozen``.
-    """
+        A `TrainStep`: a function of a state, whose buffers it takes over (they are donated), and a
+        batch ``{"image": [b, h, w, c], "label": int32 [b]}``, with ``other_label`` and ``share`` if
+        its images are mixed; it returns the next state and scalars: loss, accuracy (of mixed images
+        the expected one), the parts of the loss where there is a teacher, and with sign latents the
+        shares ``flipped`` (at least once) and ``frozen``. Without a teacher it is a jitted function
+        that can be lowered.
 
-    def step(state: CompressionState, batch: Batch) -> tuple[CompressionState, dict[str, Array]]:
+    Raises:
+        ValueError: if the objective has numbers out of range, or lacks its teacher.
+    """
+    aim = objective or Objective()
+    aim.check(teacher)
+
+    def step(
+        known: tuple[PyTree, PyTree] | None, state: CompressionState, batch: Batch
+    ) -> tuple[CompressionState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
+        example = None
+        if teacher is not None and known is not None:
+            logits, collections = teacher.forward(*known, batch["image"], None)
+            example = jax.lax.stop_gradient(Outputs(logits, features_of(collections)))
 
         def decode(learned: Variables) -> PyTree:
             params = plan.decode({**learned, **state.fixed})
@@ -155,24 +218,51 @@ def make_train_step(
                 return params
             return jax.lax.with_sharding_constraint(params, layout.replicated)
 
-        def loss_fn(learned: Variables) -> tuple[Array, tuple[Array, PyTree]]:
+        def loss_fn(learned: Variables) -> tuple[Array, tuple[Array, PyTree, dict[str, Array]]]:
             params = (jax.checkpoint(decode) if remat else decode)(learned)
-            logits, model_state = state.apply_fn(params, state.model_state, batch["image"], key)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return jnp.mean(losses), (logits, model_state)
+            logits, found = state.apply_fn(params, state.model_state, batch["image"], key)
+            loss, parts = aim(Outputs(logits, features_of(found)), batch, example)
+            model_state = {name: found[name] for name in state.model_state}
+            return loss, (logits, model_state, parts)
 
-        (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, (logits, model_state, parts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params
         )
         state = state.apply_gradients(grads=grads).replace(model_state=model_state)
+        if state.average is not None:
+            frozen = frozen_signs(state.opt_state)
+            average = update_average(
+                state.average, state.params, model_state, frozen, state.step, average_decay
+            )
+            state = state.replace(average=average)
         if layout is not None:
             state = jax.lax.with_sharding_constraint(state, layout.state(state))
-        accuracy = jnp.mean((jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32))
-        return state, {"loss": loss, "accuracy": accuracy, **sign_shares(state.opt_state)}
+        scalars = {"loss": loss, "accuracy": _accuracy(logits, batch), **parts}
+        return state, {**scalars, **sign_shares(state.opt_state)}
 
+    def alone(state: CompressionState, batch: Batch) -> tuple[CompressionState, dict[str, Array]]:
+        return step(None, state, batch)
+
+    if teacher is None:
+        if layout is None:
+            return jax.jit(alone, donate_argnums=0)
+        return jax.jit(alone, donate_argnums=0, in_shardings=(None, layout.batch))
+    # Given in every call, since what a function closes over would be compiled into the program.
+    known = (teacher.params, teacher.model_state)
     if layout is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(None, layout.batch))
+        return functools.partial(jax.jit(step, donate_argnums=1), known)
+    places = (layout.replicated, None, layout.batch)
+    known = jax.device_put(known, layout.replicated)
+    return functools.partial(jax.jit(step, donate_argnums=1, in_shardings=places), known)
+
+
+def _accuracy(logits: Float[Array, "b *places classes"], batch: Batch) -> Float[Array, ""]:
+    predicted = jnp.argmax(logits, -1)
+    right = (predicted == batch["label"]).astype(jnp.float32)
+    if "other_label" in batch:
+        share = jnp.reshape(batch["share"], (-1,) + (1,) * (right.ndim - 1))
+        right = share * right + (1 - share) * (predicted == batch["other_label"])
+    return jnp.mean(right)
 
 
 def sign_shares(opt_state: optax.OptState) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -359,3 +360,79 @@ def test_bad_input_is_one_line_and_leaves_nothing(trained, ssvq, project, argume
     assert message in text
     assert "\n" not in text
     assert not (project / "runs/x").exists()
+
+
+# Training recipes and distillation
+
+
+def test_a_preset_fills_in_what_is_left_out(ssvq, project):
+    ssvq("train", *IMAGES, "--preset", "cifar-deit", "--weight-decay", "0.1", "--steps", "4",
+         "--out", "runs/preset")  # fmt: skip
+    found = results(project / "runs/preset")
+    assert found["objective"]["label_smoothing"] == 0.1
+    assert found["optimizer"]["dense"] == 1e-3
+    assert found["optimizer"]["weight_decay"] == 0.1
+    config = found["config"]
+    assert (config["augment"], config["average_decay"]) == ("cifar-deit", 0.999)
+    # The average over the run so far is what is judged, here and by others.
+    judged = ssvq("eval", "--weights", "runs/preset", "--split", "validation", "--json")
+    assert json.loads(judged)["after"]["loss"] == pytest.approx(found["after"]["loss"], rel=1e-5)
+
+
+def test_sgd_trains(ssvq, project):
+    ssvq("train", *IMAGES, "--preset", "sgd", "--learning-rate", "0.05", "--steps", "60", "--out",
+         "runs/sgd")  # fmt: skip
+    found = results(project / "runs/sgd")
+    assert (found["optimizer"]["rule"], found["optimizer"]["momentum"]) == ("sgd", 0.9)
+    assert found["after"]["accuracy"] > 0.8
+
+
+def test_finetune_learns_from_the_float_model(trained, ssvq, project):
+    common = ["--weights", trained, "--recipe", "recipe.json", "--steps", "20"]
+    ssvq("finetune", *common, "--distill", "1", "--temperature", "2", "--features", "hidden",
+         "--out", "runs/taught")  # fmt: skip
+    found = results(project / "runs/taught")
+    assert found["objective"] == {
+        "label_smoothing": 0.0, "distillation": 1.0, "temperature": 2.0, "feature_weight": 1.0,
+    }  # fmt: skip
+    lines = [
+        json.loads(x) for x in (project / "runs/taught/metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[-1]["teacher_loss"] < lines[0]["teacher_loss"]
+    assert lines[-1]["feature_loss"] < lines[0]["feature_loss"]
+    # From a compressed model on, the teacher has to be named.
+    ssvq("compress", "--weights", trained, "--recipe", "recipe.json", "--out", "runs/untaught")
+    resumed = ["--weights", "runs/untaught", "--steps", "2", "--distill", "0.5"]
+    with pytest.raises(SystemExit, match="is compressed, and no teacher: give --teacher"):
+        ssvq("finetune", *resumed, "--out", "runs/again")
+    assert not (project / "runs/again").exists()
+    ssvq("finetune", *resumed, "--teacher", trained, "--out", "runs/again")
+    with pytest.raises(SystemExit, match="teacher: "):  # another teacher makes another run
+        ssvq("finetune", *resumed, "--teacher", "runs/sgd", "--out", "runs/again")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "2"], "temperature is for distillation: give --distill"),
+        (["--feature-weight", "2"], "feature_weight is for distillation: give --features"),
+        (["--teacher", "runs/float"], "teacher is for distillation: give --distill 0.5"),
+        (["--distill", "1.5"], "distillation=1.5"),
+        (["--features", "nothing"], "gives no features"),
+        (["--average-decay", "1"], "average_decay=1"),
+        (["--label-smoothing", "1"], "label_smoothing=1"),
+        (["--optimizer.momentum", "1"], "momentum=1"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_there_is_a_folder(
+    trained, ssvq, project, options, message
+):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        ssvq("finetune", "--weights", trained, "--recipe", "recipe.json", "--out", "runs/refused",
+             *options)  # fmt: skip
+    assert not (project / "runs/refused").exists()
+
+
+def test_an_unknown_preset(ssvq):
+    with pytest.raises(SystemExit, match="preset='adam': choose one of adamw, sgd, deit"):
+        ssvq("train", *IMAGES, "--preset", "adam", "--out", "runs/refused")

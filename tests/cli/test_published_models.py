@@ -106,7 +106,7 @@ def test_published_weights_are_packed_and_judged_by_images(weights, images, caps
             ["eval", "--model", "efficientnet_lite0", "--images", "."],
             "ssvq models fetch efficientn",
         ),
-        (["eval", "--model", "deit_digits", "--labels", "x.csv"], "are for --images"),
+        (["eval", "--model", "deit_digits", "--labels", "x.csv"], "is for --images"),
         (["eval", "--packed", "a", "--weights", "b"], "--packed and --weights are the same"),
         (["compress", "--model", "deit_digits", "--out", "x", "--batch-size", "3"], "give --data"),
         (
