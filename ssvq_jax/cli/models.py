@@ -16,7 +16,8 @@ class ModelsCommand:
     action: tyro.conf.Positional[Literal["list", "fetch"]] = "list"
     """What to do."""
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Model: to fetch weights for, or to list alone."""
+    """Model: to fetch weights for, or to list alone; to fetch also owner/name[@revision] of the
+    Hugging Face hub."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -31,9 +32,15 @@ class ModelsCommand:
         import json
 
         from ssvq_jax.models import PUBLISHED, fetch
+        from ssvq_jax.models.hub import is_hub_id
 
         if self.name is None:
-            raise ValueError(f"no name: give one of {sorted(PUBLISHED)}")
+            raise ValueError(
+                f"no name: give one of {sorted(PUBLISHED)}, or owner/name of the Hugging Face hub"
+            )
+        if is_hub_id(self.name):
+            self._fetch_from_hub(self.name)
+            return
         path = fetch(self.name)
         published = PUBLISHED[self.name]
         found = {"model": self.name, "file": str(path), **dataclasses.asdict(published)}
@@ -41,6 +48,18 @@ class ModelsCommand:
             print(json.dumps(found, indent=1))
         else:
             print(f"{self.name}: {path}\n{published.note}; {published.license}")
+
+    def _fetch_from_hub(self, name: str) -> None:
+        import json
+
+        from ssvq_jax.models.hub import fetch_from_hub, weight_files
+
+        folder = fetch_from_hub(name)
+        files = [str(file) for file in weight_files(folder)]
+        if self.json:
+            print(json.dumps({"hub": name, "folder": str(folder), "files": files}, indent=1))
+        else:
+            print(f"{name}: {folder}\nwith --model NAME, give --weights {files[0]}")
 
     def _list(self) -> None:
         import json

@@ -130,7 +130,8 @@ def _published(name: str) -> Published:
     if name not in PUBLISHED:
         raise ValueError(
             f"no published weights for '{name}' can be fetched: there are some for "
-            f"{sorted(PUBLISHED)}; for others give a file with --weights"
+            f"{sorted(PUBLISHED)}; for others give a file with --weights, or fetch owner/name from "
+            "the Hugging Face hub"
         )
     return PUBLISHED[name]
 
