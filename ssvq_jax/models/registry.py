@@ -113,11 +113,15 @@ def _family(
     module: type[nn.Module],
     configs: Mapping[str, Any],
     importer: Importer,
-    inputs: InputRecipe | None = None,
+    inputs: InputRecipe | Mapping[str, InputRecipe] | None = None,
     task: Task = "classification",
 ) -> dict[str, Registered]:
+    """Entries of one module; ``inputs`` are those of all, or by name."""
     return {
-        name: Registered(module, config, importer, inputs, task) for name, config in configs.items()
+        name: Registered(
+            module, config, importer, inputs[name] if isinstance(inputs, Mapping) else inputs, task
+        )
+        for name, config in configs.items()
     }
 
 
@@ -131,6 +135,12 @@ _DEEPLAB_INPUTS = {
     "deeplabv3plus_mobilenetv2": InputRecipe("imagenet", 1.0, "bilinear"),
 }
 
+_V2_INPUTS = {name: _GOOGLE if name.startswith("tf_") else _BICUBIC for name in mobilenet.CONFIGS}
+_V3_INPUTS = {
+    name: _BILINEAR if name.startswith("torchvision_") else _BICUBIC
+    for name in mobilenet_v3.CONFIGS
+}
+
 # Recipes of inputs are timm's (ResNet: of torchvision's weights there), transformers' for Google's
 # weights (`tf_mobilenetv2`, `deeplabv3`), torchvision's for its own.
 REGISTRY: Mapping[str, Registered] = {
@@ -139,39 +149,12 @@ REGISTRY: Mapping[str, Registered] = {
     **_family(swin.Swin, swin.CONFIGS, import_swin, _LARGER),
     **_family(convnext.ConvNeXt, convnext.CONFIGS, import_convnext, _BICUBIC),
     **_family(resnet.ResNet, resnet.CONFIGS, import_resnet, _BILINEAR),
-    **{
-        name: Registered(
-            mobilenet.MobileNetV2,
-            config,
-            import_mobilenet_v2,
-            _GOOGLE if name.startswith("tf_") else _BICUBIC,
-        )
-        for name, config in mobilenet.CONFIGS.items()
-    },
-    **{
-        name: Registered(
-            mobilenet_v3.MobileNetV3,
-            config,
-            import_mobilenet_v3,
-            _BILINEAR if name.startswith("torchvision_") else _BICUBIC,
-        )
-        for name, config in mobilenet_v3.CONFIGS.items()
-    },
-    **{
-        name: Registered(
-            efficientnet.EfficientNetLite,
-            config,
-            import_efficientnet_lite,
-            _LITE_INPUTS[name],
-        )
-        for name, config in efficientnet.CONFIGS.items()
-    },
-    **{
-        name: Registered(
-            deeplab.DeepLab, config, import_deeplab, _DEEPLAB_INPUTS[name], "segmentation"
-        )
-        for name, config in deeplab.CONFIGS.items()
-    },
+    **_family(mobilenet.MobileNetV2, mobilenet.CONFIGS, import_mobilenet_v2, _V2_INPUTS),
+    **_family(mobilenet_v3.MobileNetV3, mobilenet_v3.CONFIGS, import_mobilenet_v3, _V3_INPUTS),
+    **_family(
+        efficientnet.EfficientNetLite, efficientnet.CONFIGS, import_efficientnet_lite, _LITE_INPUTS
+    ),
+    **_family(deeplab.DeepLab, deeplab.CONFIGS, import_deeplab, _DEEPLAB_INPUTS, "segmentation"),
     **_family(llama.Llama, llama.CONFIGS, import_llama, task="language"),
 }
 

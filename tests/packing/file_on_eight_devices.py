@@ -1,12 +1,13 @@
-"""Packed files decoded onto eight devices; run by test_file.py in a process that has them."""
+"""Packed files decoded onto eight devices; run by test_reading.py in a process that has them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from random_models import randomly_packed
 
-from ssvq_jax import Rule, SignSplit, Uniform, Vector, load, make_plan, save
+from ssvq_jax import Rule, SignSplit, Uniform, Vector, load, save
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,13 @@ def packed():
         "stack": jax.random.normal(keys[4], (8, 8, 8)),
     }
     rules = [
-        ("w", SignSplit(codewords=4, dim=8, iterations=2)),
+        ("w", SignSplit(codewords=4, dim=8)),
         ("u", Uniform(bits=3)),
-        Rule("a|b", Vector(codewords=5, dim=4, iterations=2), share="ab"),
-        Rule("stack", Vector(codewords=3, dim=4, iterations=2), stacked=1),
+        Rule("a|b", Vector(codewords=5, dim=4), share="ab"),
+        Rule("stack", Vector(codewords=3, dim=4), stacked=1),
         ("dense", None),
     ]
-    plan = make_plan(params, rules)
-    return plan.finalize(plan.init(jax.random.key(1), params))
+    return randomly_packed(params, rules, np.random.default_rng(0))
 
 
 @pytest.fixture

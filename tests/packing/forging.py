@@ -1,12 +1,15 @@
 """Packed files taken apart and put together again, with every checksum right if wished."""
 
 import json
+import pathlib
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import pytest
 
-from ssvq_jax.packing import PackedFileError
+from ssvq_jax.packing import PackedFile, PackedFileError, load
 from ssvq_jax.packing.header import header_from_text
 from ssvq_jax.packing.segments import DTYPES, STATE, Layout, make_layout
 
@@ -66,6 +69,23 @@ def forge(raw: bytes, header: dict[str, Any], tensors: dict[str, bytes]) -> byte
     fitted = {name: tensors.get(name, b"")[:n].ljust(n, b"\0") for name, n in sizes.items()}
     _renew_checksums(header, layout, fitted)
     return put_together(describe(fitted, dtypes), json.dumps(header), fitted)
+
+
+def changed(file: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Writes the file with a changed header, all checksums and sizes renewed."""
+    raw = file.read_bytes()
+    _, header, tensors = take_apart(raw)
+    change(header)
+    file.write_bytes(forge(raw, header, tensors))
+
+
+def refused(
+    file: pathlib.Path, message: str, read: Callable[[PackedFile], Any] = lambda file: None
+) -> None:
+    """Opens and reads a file that must be refused."""
+    with pytest.raises(PackedFileError, match=message) as caught, load(file) as opened:
+        read(opened)
+    assert str(caught.value).startswith(str(file))
 
 
 def layout_of(header: dict[str, Any]) -> Layout:

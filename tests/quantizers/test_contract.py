@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,15 @@ def weight_of(spec: LeafSpec) -> jax.Array:
     return weight.at[..., 0].multiply(1e-6).astype(spec.dtype)
 
 
-@functools.cache  # compiling an encoder takes a second
+@functools.cache
 def encode(quantizer, spec, key=0):
-    return jax.jit(quantizer.init, static_argnums=2)(jax.random.key(key), weight_of(spec), spec)
+    return quantizer.init(jax.random.key(key), weight_of(spec), spec)
+
+
+# Compiled once for all tests, which the jit of a bound method would not be.
+jitted_init = jax.jit(lambda quantizer, *given: quantizer.init(*given), static_argnums=(0, 3))
+jitted_decode = jax.jit(lambda quantizer, *given: quantizer.decode(*given), static_argnums=(0, 3))
+jitted_unpack = jax.jit(unpack_fields, static_argnums=(0, 2))
 
 
 def test_every_method_has_a_case():
@@ -77,11 +84,27 @@ def test_every_method_has_a_case():
 
 @every_case
 def test_decode_gives_shape_and_dtype_and_depends_on_the_weight(quantizer, spec):
-    encoded = encode(quantizer, spec)
-    decoded = quantizer.decode(*encoded, spec)
+    decoded = jitted_decode(quantizer, *encode(quantizer, spec), spec)
     assert decoded.shape == spec.shape
     assert decoded.dtype == spec.dtype
     weight, decoded = np.float32(weight_of(spec)), np.float32(decoded)
+    assert np.sum((weight - decoded) ** 2) < 0.6 * np.sum(weight**2)
+
+
+@every_case
+def test_encoding_can_be_traced(quantizer, spec):
+    traced = jax.eval_shape(partial(quantizer.init, spec=spec), jax.random.key(0), weight_of(spec))
+    assert traced == jax.eval_shape(lambda: encode(quantizer, spec))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["dense", "stacked"])
+def test_encoding_under_jit(method, kind):
+    quantizer = next(q for q in CASES.values() if q.method == method)
+    spec = SPECS[kind]
+    weight = weight_of(spec)
+    encoded = jitted_init(quantizer, jax.random.key(0), weight, spec)
+    decoded = jitted_decode(quantizer, *encoded, spec)
     assert np.sum((weight - decoded) ** 2) < 0.6 * np.sum(weight**2)
 
 
@@ -99,10 +122,10 @@ def test_learned_are_floats_with_groups_and_fixed_are_not(quantizer, spec):
 def test_pack_and_unpack_keep_every_bit_of_the_decoded_weight(quantizer, spec):
     learned, fixed = encode(quantizer, spec)
     # Training moves the arrays off the values they were made with.
-    learned = {name: x + 0.01 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-               for name, x in learned.items()}  # fmt: skip
+    moves = {name: 0.01 * np.cos(np.arange(x.size)).reshape(x.shape) for name, x in learned.items()}
+    learned = {name: x + jnp.asarray(moves[name], x.dtype) for name, x in learned.items()}
     fields = quantizer.pack(learned, fixed, spec)
-    trained = jax.jit(quantizer.decode, static_argnums=2)(learned, fixed, spec)
+    trained = jitted_decode(quantizer, learned, fixed, spec)
     restored = quantizer.decode(*quantizer.unpack(fields, spec), spec)
     assert np.array_equal(trained, restored)
 
@@ -130,15 +153,13 @@ def test_streams_hold_what_pack_gives_in_the_bytes_that_storage_counts(quantizer
     for stream in quantizer.storage(spec).streams:
         assert streams[stream.field].nbytes == stream.bytes
         assert streams[stream.field].shape == stream_shape(stream, spec)
-    back = unpack_fields(quantizer, streams, spec)
+    back = jitted_unpack(quantizer, streams, spec)
     assert {name: (x.shape, x.dtype) for name, x in back.items()} == {
         name: (x.shape, x.dtype) for name, x in fields.items()
     }
     assert jax.tree.all(jax.tree.map(np.array_equal, dict(fields), back))
     decoded = decode_streams(quantizer, streams, spec)
-    assert np.array_equal(
-        decoded, jax.jit(quantizer.decode, static_argnums=2)(learned, fixed, spec)
-    )
+    assert np.array_equal(decoded, jitted_decode(quantizer, learned, fixed, spec))
 
 
 @every_case
@@ -186,7 +207,7 @@ def test_decode_under_vmap(quantizer):
     spec = SPECS["dense"]
     one, two = encode(quantizer, spec, key=0), encode(quantizer, spec, key=1)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, two)
-    decoded = jax.vmap(lambda e: quantizer.decode(*e, spec))(both)
+    decoded = jax.jit(jax.vmap(lambda e: quantizer.decode(*e, spec)))(both)
     np.testing.assert_array_equal(decoded[1], quantizer.decode(*two, spec))
 
 
@@ -194,9 +215,12 @@ def test_decode_under_vmap(quantizer):
 def test_gradients_reach_everything_learned(quantizer):
     spec = SPECS["dense"]
     learned, fixed = encode(quantizer, spec)
-    grads = jax.grad(lambda learned: jnp.sum(jnp.sin(3 * quantizer.decode(learned, fixed, spec))))(
-        learned
-    )
+
+    @jax.jit
+    def gradient(learned):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(3 * quantizer.decode(x, fixed, spec))))(learned)
+
+    grads = gradient(learned)
     assert all(np.any(np.asarray(grad)) for grad in grads.values())
     assert all(np.all(np.isfinite(grad)) for grad in grads.values())
 
@@ -204,7 +228,7 @@ def test_gradients_reach_everything_learned(quantizer):
 @every_quantizer
 def test_same_key_same_bits(quantizer):
     spec = SPECS["dense"]
-    first, second = encode(quantizer, spec), encode(quantizer, spec)
+    first, second = encode(quantizer, spec), encode.__wrapped__(quantizer, spec)
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
@@ -233,10 +257,9 @@ def test_importance_moves_error_away_from_what_matters(quantizer):
     spec = SPECS["dense"]
     weight = weight_of(spec)
     importance = jnp.where(jnp.arange(16) < 4, 100.0, 0.01)[:, None] * jnp.ones((1, 24))
-    plain = quantizer.decode(*quantizer.init(jax.random.key(0), weight, spec), spec)
-    guided = quantizer.decode(
-        *quantizer.init(jax.random.key(0), weight, spec, Calibration(importance)), spec
-    )
+    plain = jitted_decode(quantizer, *encode(quantizer, spec), spec)
+    encoded = quantizer.init(jax.random.key(0), weight, spec, Calibration(importance))
+    guided = jitted_decode(quantizer, *encoded, spec)
     assert np.sum((weight - guided)[:4] ** 2) < np.sum((weight - plain)[:4] ** 2)
 
 
