@@ -65,7 +65,7 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
             "finetune",
             recipe=plan.to_json()["recipe"],
             optimizer=dataclasses.asdict(optimizer),
-            teacher=teacher and teacher.origin["crc32"],
+            teacher=teacher and teacher.origin,
         )
         results = carry_out(
             setup,
@@ -93,6 +93,10 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
             raise ValueError("temperature is for distillation: give --distill, e.g. 0.5, too")
         if self.feature_weight != 1 and self.features is None:
             raise ValueError("feature_weight is for distillation: give --features, too")
+        if self.features is not None and not self.feature_weight > 0:
+            raise ValueError(
+                f"feature_weight={self.feature_weight}: give one above 0, or leave --features out"
+            )
 
     def _open_teacher(self, setup: "Setup[Any]") -> "Weights | None":
         """Float weights to learn from, if any are."""

@@ -130,7 +130,7 @@ class TrainingOptions(BatchOptions, FolderOptions):
     label_smoothing: float | None = None
     """Share of the labels' probability that is spread over all classes."""
     average_decay: float | None = None
-    """Judge and keep a moving average of the weights, e.g. 0.999: over about 1,000 steps."""
+    """Judge and keep a moving average of the weights, e.g. 0.999: over about 1,000 updates."""
     validate_every: int | None = None
     """Steps between two validations; by default a tenth of the run. The best is kept."""
     save_seconds: float = 60.0

@@ -138,6 +138,7 @@ def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to go on; of weights, what they are and not where."""
     kept = {name: value for name, value in config.items() if name not in _MAY_CHANGE}
-    if isinstance(kept.get("weights"), Mapping):
-        kept["weights"] = kept["weights"].get("crc32")
+    for name in ("weights", "teacher"):
+        if isinstance(kept.get(name), Mapping):
+            kept[name] = kept[name].get("crc32")
     return kept

@@ -155,7 +155,7 @@ def _learning_task(setup: Setup[Any], devices: int, distillation: Distillation) 
     teacher = source and Teacher(task.forward, source.params, source.model_state)
     objective = Objective(
         label_smoothing=options.label_smoothing,
-        distillation=distillation.share,
+        distill=distillation.share,
         temperature=distillation.temperature,
         feature_weight=0.0 if features is None else distillation.feature_weight,
     )

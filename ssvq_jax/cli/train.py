@@ -24,7 +24,7 @@ class TrainCommand(TrainingOptions, ModelOptions):
     warmup_share: float | None = None
     """Share of the run in which the rate rises."""
     clip_norm: float | None = None
-    """Largest global gradient norm."""
+    """Largest global gradient norm; inf clips nothing."""
     accumulate: int = 1
     """Batches an update."""
 
@@ -49,6 +49,8 @@ class TrainCommand(TrainingOptions, ModelOptions):
                 "clip_norm": preset.optimizer.clip_norm,
             }
         )
+        if filled.clip_norm == float("inf"):
+            filled = dataclasses.replace(filled, clip_norm=None)
         setup = set_up(filled, augment=filled.augment, initial=True, compressed=False)
         command = setup.options
         results = carry_out(

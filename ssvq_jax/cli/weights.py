@@ -132,7 +132,7 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
         except ValueError as error:
             raise ValueError(f"{path} is a run of another model: {error}") from error
         template = {"params": learned, "fixed": fixed, "model_state": others}
-        if checkpoints.notes(which).get("asked", {}).get("average_decay"):  # what it is judged by
+        if checkpoints.holds("average", which):  # by which the run is judged
             average = jax.eval_shape(start_average, learned, others)
             template = {"average": average, "fixed": fixed}
         state = checkpoints.restore(template, plan, which, partial=True).state

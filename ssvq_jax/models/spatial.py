@@ -5,7 +5,8 @@ one that was traced here can be exported to a TPU.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,38 +14,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Padding = str | Sequence[tuple[int, int]]
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def convolve(
-    lhs: Float[Array, "b h w c"],
-    rhs: Float[Array, "k l i d"],
+    lhs: Array,
+    rhs: Array,
     window_strides: Sequence[int],
-    padding: Padding,
+    padding: str | Sequence[tuple[int, int]],
     *,
-    rhs_dilation: Sequence[int] = (1, 1),
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = _NHWC,
     feature_group_count: int = 1,
     precision: Any = None,
     **others: Any,
-) -> Float[Array, "b h2 w2 d"]:
-    """Convolves NHWC images with HWIO kernels, for ``flax.linen.Conv(conv_general_dilated=...)``.
+) -> Array:
+    """Does what ``jax.lax.conv_general_dilated`` does, for `flax.linen.Conv`.
 
     On CPUs a 1 x 1 convolution is one matrix product (XLA's own gradient by the kernel takes three
     to ten times as long), and one of each feature alone is a sum of shifted images (XLA's own takes
-    up to thirty times as long).
+    up to thirty times as long). That is for floats, NHWC images and HWIO kernels; all else is
+    XLA's own.
 
     Args:
         lhs: images.
         rhs: kernels.
         window_strides: steps between outputs.
         padding: ``SAME``, ``VALID``, or the pixels before and after, of height and of width.
+        lhs_dilation: steps between inputs.
         rhs_dilation: steps between the inputs of one output.
+        dimension_numbers: layout.
         feature_group_count: groups of features that do not mix.
         precision: of the products.
         others: further arguments of ``jax.lax.conv_general_dilated``.
 
     Returns:
         Feature maps.
+
+    Raises:
+        ValueError, TypeError: as XLA's own, for what does not fit.
 
     Example:
         >>> images, kernels = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2))
@@ -54,27 +63,39 @@ def convolve(
                [6., 9., 9., 6.],
                [4., 6., 6., 4.]], dtype=float32)
     """
-    strides, dilation = tuple(window_strides), tuple(rhs_dilation)
     own = functools.partial(
         jax.lax.conv_general_dilated,
-        window_strides=strides,
+        window_strides=window_strides,
         padding=padding,
-        rhs_dilation=dilation,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
         precision=precision,
-        **{"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **others},
+        **others,
     )
-    extent = tuple((n - 1) * step + 1 for n, step in zip(rhs.shape[:2], dilation, strict=True))
+    shape = jax.eval_shape(own, lhs, rhs).shape  # first of all: it says what does not fit
+    layout = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if (
+        others
+        or lhs.ndim != 4
+        or layout != jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
+        or any(step != 1 for step in lhs_dilation or ())
+        or not jnp.issubdtype(lhs.dtype, jnp.floating)
+        or 0 in lhs.shape
+    ):
+        return own(lhs, rhs)
+    strides, dilation = tuple(window_strides), tuple(rhs_dilation or (1, 1))
     if isinstance(padding, str):
+        extent = [(n - 1) * step + 1 for n, step in zip(rhs.shape, dilation, strict=False)]
         pads = tuple(jax.lax.padtype_to_pads(lhs.shape[1:3], extent, strides, padding))
     else:
         pads = tuple((first, last) for first, last in padding)
-    if feature_group_count == 1 and extent == (1, 1) and not any(sum(pad) for pad in pads):
+    if feature_group_count == 1 and rhs.shape[:2] == (1, 1) and not any(map(any, pads)):
         fast = functools.partial(_pointwise, strides=strides, precision=precision)
-    elif feature_group_count == lhs.shape[-1] == rhs.shape[-1]:
-        size = jax.eval_shape(own, lhs, rhs).shape[1:3]
+    elif feature_group_count == lhs.shape[-1] == rhs.shape[-1] and min(map(min, pads)) >= 0:
         fast = functools.partial(
-            _depthwise, strides=strides, pads=pads, dilation=dilation, size=size
+            _depthwise, strides=strides, pads=pads, dilation=dilation, size=shape[1:3]
         )
     else:
         return own(lhs, rhs)
@@ -92,7 +113,8 @@ def _pointwise(
     """One product of two matrices: with more axes the kernel's gradient would be slow again."""
     images = images[:, :: strides[0], :: strides[1]]
     rows = images.reshape(-1, images.shape[-1])
-    return jnp.matmul(rows, kernel[0, 0], precision=precision).reshape(*images.shape[:3], -1)
+    product = jnp.matmul(rows, kernel[0, 0], precision=precision)
+    return product.reshape(*images.shape[:3], kernel.shape[-1])
 
 
 # Compiled on their own, so that calls outside of jit find them compiled the next time.
@@ -106,11 +128,7 @@ def _depthwise(
     dilation: tuple[int, ...],
     size: tuple[int, ...],
 ) -> Float[Array, "b h2 w2 c"]:
-    """Adds up the image shifted by each place of the kernel, times the weights there.
-
-    One image after the other, since it then stays in the cache for all the shifts. Shifted images
-    are made again for the backward pass, which is faster than to read them from memory.
-    """
+    """Adds up the image shifted by each place of the kernel, times the weights there."""
     height, width, _, channels = kernel.shape
     # A sum in 16 bits would lose what is added last.
     wide = jnp.float32 if images.dtype.itemsize < 4 else images.dtype
@@ -134,7 +152,7 @@ def _depthwise(
         ]
         return functools.reduce(jnp.add, rows).astype(images.dtype)
 
-    return jax.lax.map(jax.checkpoint(image), images)
+    return _each(image, images)
 
 
 def max_pool(
@@ -163,6 +181,8 @@ def max_pool(
         window, strides, pads = (size, size), (stride, stride), ((pad, pad), (pad, pad))
         return nn.max_pool(images, window, strides, pads)  # pyright: ignore[reportArgumentType]
 
+    if 0 in images.shape or min(images.shape[1:3]) + 2 * pad < size:
+        return own(images)
     shifted = functools.partial(_shifted_max, size=size, stride=stride, pad=pad)
     return jax.lax.platform_dependent(images, cpu=shifted, default=own)
 
@@ -171,7 +191,7 @@ def max_pool(
 def _shifted_max(
     images: Float[Array, "b h w c"], *, size: int, stride: int, pad: int
 ) -> Float[Array, "b h2 w2 c"]:
-    """Compares the image with itself shifted, one image after the other as in `_depthwise`."""
+    """Compares the image with itself shifted."""
 
     def image(pixels: Array) -> Array:
         x = jnp.pad(pixels, [(pad, pad), (pad, pad), (0, 0)], constant_values=-jnp.inf)
@@ -180,7 +200,24 @@ def _shifted_max(
             x = functools.reduce(_larger, (_every(x, axis, i, stride, count) for i in range(size)))
         return x
 
-    return jax.lax.map(jax.checkpoint(image), images)
+    return _each(image, images)
+
+
+def _each(function: Callable[[Array], Array], images: Array) -> Array:
+    """Applies a function to one image after the other.
+
+    An image then stays in the cache for all its shifts, which the backward pass makes again: that
+    is faster than to read them from memory. A batch may be cut over the devices, and a loop over
+    its axis would gather it, so that the loop is over the images of one device's share.
+    """
+    count = images.shape[0]
+    # In an exported program the batch may have no size yet.
+    shares = math.gcd(count, jax.local_device_count()) if isinstance(count, int) else 1
+    if shares == 1:
+        return jax.lax.map(jax.checkpoint(function), images)
+    cut = images.reshape(shares, count // shares, *images.shape[1:]).swapaxes(0, 1)
+    found = jax.lax.map(jax.checkpoint(jax.vmap(function)), cut).swapaxes(0, 1)
+    return found.reshape(count, *found.shape[2:])
 
 
 def _larger(first: Array, second: Array) -> Array:

@@ -29,7 +29,11 @@ class Average(NamedTuple):
 
     def read(self, like: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         """Returns both in the dtypes of others."""
-        return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), tuple(self), like)
+        return jax.tree.map(
+            lambda mean, leaf: mean.astype(leaf.dtype) if _is_float(mean) else mean,
+            tuple(self),
+            like,
+        )
 
 
 def start_average(params: PyTree, model_state: PyTree) -> Average:
@@ -42,35 +46,38 @@ def update_average(
     params: PyTree,
     model_state: PyTree,
     frozen: dict[str, Bool[Array, "..."]],
-    step: Int[Array, ""],
-    decay: float,
+    count: Int[Array, ""],
+    moved: Bool[Array, ""],
+    decay: int | float,
 ) -> Average:
-    """Moves the averages: a <- e a + (1 - e) x, with e = min(decay, (1 + step) / (10 + step)).
+    """Moves the averages: a <- e a + (1 - e) x, with e = min(decay, (1 + n) / (10 + n)).
 
-    Early averages are over fewer steps, so that they forget where the run began (as in
+    Early averages are over fewer updates, so that they forget where the run began (as in
     TensorFlow's ``ExponentialMovingAverage``).
 
     Args:
         average: before.
-        params: what is learned, after the step.
-        model_state: the other collections, after the step.
+        params: what is learned, after n updates.
+        model_state: the other collections, then.
         frozen: masks of frozen signs, by leaf path in ``params``.
-        step: steps made.
+        count: n.
+        moved: whether the last step made an update; if it only accumulated a gradient, averages
+            stay.
         decay: e at the end.
 
     Returns:
-        The averages after the step.
+        The new averages.
 
     Example:
         >>> average = start_average({"w": jnp.array([1.0])}, {})
-        >>> step = jnp.int32(8)  # e = 0.5
-        >>> update_average(average, {"w": jnp.array([2.0])}, {}, {}, step, 0.9).params["w"]
+        >>> count, moved = jnp.int32(8), jnp.array(True)  # e = 0.5
+        >>> update_average(average, {"w": jnp.array([2.0])}, {}, {}, count, moved, 0.9).params["w"]
         Array([1.5], dtype=float32)
     """
-    count = step.astype(jnp.float32)
-    part = 1 - jnp.minimum(decay, (1 + count) / (_WARMUP + count))
+    n = count.astype(jnp.float32)
+    part = jnp.where(moved, 1 - jnp.minimum(decay, (1 + n) / (_WARMUP + n)), 0.0)
     new = jax.tree.map(_wide, (params, model_state))
-    moved, state = jax.tree.map(
+    means, state = jax.tree.map(
         lambda mean, leaf: optax.incremental_update(leaf, mean, part) if _is_float(leaf) else leaf,
         tuple(average),
         new,
@@ -80,7 +87,13 @@ def update_average(
         mask = frozen.get(leaf_path(key_path))
         return mean if mask is None else jnp.where(mask, leaf, mean)
 
-    return Average(jax.tree_util.tree_map_with_path(keep, moved, new[0]), state)
+    return Average(jax.tree_util.tree_map_with_path(keep, means, new[0]), state)
+
+
+def check_decay(decay: int | float) -> None:
+    """Raises ValueError for a decay out of range."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"average_decay={decay}: give at least 0 (no average) and below 1")
 
 
 def _is_float(leaf: Array) -> bool:

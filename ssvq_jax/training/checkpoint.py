@@ -241,13 +241,14 @@ class Checkpoints:
         """
         return Plan.from_json(self._metadata(self._step(which))["plan"])
 
-    def notes(self, which: Which = "last") -> dict[str, Any]:
-        """The run's own remarks in a checkpoint.
+    def holds(self, part: str, which: Which = "last") -> bool:
+        """Whether the state that was saved has leaves under a name, e.g. ``average``.
 
         Raises:
-            ValueError: if there is none, or it is of another format.
+            ValueError: if there is no checkpoint, or it cannot be read.
         """
-        return self._metadata(self._step(which))["notes"]
+        stored = self._stored(self._step(which))
+        return any(_unescape(name).split("/")[0] == part for name in stored)
 
     def _step(self, which: Which) -> int:
         step = self.last if which == "last" else self.best
@@ -276,12 +277,7 @@ class Checkpoints:
 
     def _load(self, step: int, template: PyTree, partial: bool) -> PyTree:
         wanted = {name: _abstract(leaf) for name, leaf in _leaves(template).items()}
-        try:
-            stored = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
-            if stored is None:
-                raise ValueError("the list of its arrays is missing")
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        stored = self._stored(step)
         for name, leaf in wanted.items():
             check_leaf(self._name(step), _unescape(name), leaf, stored.get(name))
         extra = sorted(set(stored) - set(wanted))
@@ -295,6 +291,16 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
         return _fill(template, found)
+
+    def _stored(self, step: int) -> Mapping[str, Any]:
+        """What arrays there are, by name."""
+        try:
+            stored = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+            if stored is None:
+                raise ValueError("the list of its arrays is missing")
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return stored
 
     def _steps(self) -> list[int]:
         """Steps on disk; orbax also counts one that it could not write."""

@@ -180,15 +180,23 @@ def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(start, steps, alpha=end / start)
 
 
-def frozen_signs(opt_state: optax.OptState) -> dict[str, Bool[Array, "..."]]:
-    """Finds the freeze masks, by leaf path, in the state of an optimizer; empty without any."""
-    states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, FreezeState))
-    return {
-        path: mask
-        for state in states
-        if isinstance(state, FreezeState)
-        for path, mask in state.frozen.items()
-    }
+def freeze_state(opt_state: optax.OptState) -> FreezeState | None:
+    """Finds the state of `freeze_signs` in that of an optimizer.
+
+    Args:
+        opt_state: has it at most once, however nested.
+
+    Returns:
+        It, or None.
+
+    Example:
+        >>> tx = freeze_signs(optax.adam(1e-3), every=10, threshold=0.1)
+        >>> found = freeze_state((tx.init({"w": {"sign_latent": jnp.ones(2)}}), None))
+        >>> found.frozen
+        {'w/sign_latent': Array([False, False], dtype=bool)}
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, FreezeState))
+    return next((node for node in nodes if isinstance(node, FreezeState)), None)
 
 
 def _check(

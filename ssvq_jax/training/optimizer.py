@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Int
 
 from ssvq_jax.plan import Plan
 from ssvq_jax.quantizers.base import check_integer
@@ -14,6 +15,7 @@ from ssvq_jax.training.freezing import FreezeTo, cosine_threshold, freeze_signs
 
 MomentDtype = Literal["float32", "bfloat16"]
 Rule = Literal["adamw", "sgd"]
+_MOMENTUM = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class OptimizerConfig:
         latent: learning rate of the float weights behind uniform quantization.
         weight_decay: of dense leaves and latent weights; codebooks and signs have none.
         warmup_share: share of the run in which rates rise linearly.
-        clip_norm: largest global gradient norm.
+        clip_norm: largest global gradient norm; None clips nothing.
         freeze: sign freezing, or None to let all signs flip to the end.
         accumulate: batches whose mean gradient makes one update; takes 4 more bytes a parameter.
             Batch statistics still move with every batch.
@@ -74,10 +76,10 @@ class OptimizerConfig:
     latent: float = 1e-4
     weight_decay: float = 0.01
     warmup_share: float = 0.05
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     freeze: FreezeConfig | None = dataclasses.field(default_factory=FreezeConfig)
     accumulate: int = 1
-    momentum: float = 0.9
+    momentum: float = _MOMENTUM
     moment_dtype: MomentDtype = "float32"
 
     def check(self) -> None:
@@ -86,9 +88,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value}: a rate must be finite and at least 0")
-        if not self.clip_norm > 0:
+        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
             raise ValueError(
-                f"clip_norm={self.clip_norm}: it must be above 0 (float('inf') clips nothing)"
+                f"clip_norm={self.clip_norm}: it must be above 0, and finite (None clips nothing)"
             )
         shares = {"warmup_share": self.warmup_share}
         if self.freeze is not None:
@@ -99,6 +101,8 @@ class OptimizerConfig:
         check_integer("accumulate", self.accumulate, least=1)
         if self.rule not in get_args(Rule):
             raise ValueError(f"rule={self.rule!r}: choose one of {get_args(Rule)}")
+        if self.rule != "sgd" and self.momentum != _MOMENTUM:
+            raise ValueError(f"momentum={self.momentum} is of rule='sgd': leave it out")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: give at least 0, below 1")
         if self.moment_dtype not in get_args(MomentDtype):
@@ -156,9 +160,9 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
         "scale": optax.chain(adam(config.scale), _relative()),
         "latent": decayed(config.latent),
     }
-    inner = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, plan.labels)
-    )
+    inner = optax.partition(groups, plan.labels)
+    if config.clip_norm is not None:
+        inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     freeze = config.freeze
     if freeze is None:
         tx = freeze_signs(inner, every=updates, threshold=float("inf"), freeze_to="current")
@@ -176,6 +180,23 @@ def make_optimizer(plan: Plan, steps: int, config: OptimizerConfig) -> optax.Gra
         return tx
     # Outside of freeze_signs, so that its interval, votes and flips are those of real updates.
     return optax.MultiSteps(tx, config.accumulate).gradient_transformation()
+
+
+def updates_made(
+    opt_state: optax.OptState, step: Int[Array, ""]
+) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+    """Counts updates, which are not steps where gradients are accumulated.
+
+    Args:
+        opt_state: state of an optimizer of `make_optimizer`, after a step.
+        step: steps made.
+
+    Returns:
+        The number of updates, and whether the last step made one.
+    """
+    if isinstance(opt_state, optax.MultiStepsState):
+        return jnp.asarray(opt_state.gradient_step), jnp.asarray(opt_state.mini_step == 0)
+    return step, jnp.array(True)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ssvq_jax.plan import Plan
-from ssvq_jax.training.average import start_average
+from ssvq_jax.training.average import check_decay, start_average
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
 from ssvq_jax.training.checkpoint import Checkpoints
 from ssvq_jax.training.layout import Layout, local_layout
@@ -54,12 +54,17 @@ class Task:
         images = next(batches)["image"]
         _close(batches)
 
-        def features(forward: Forward, params: PyTree, state: PyTree) -> dict[str, Any]:
+        def features(
+            forward: Forward, params: PyTree, state: PyTree, key: Any = None
+        ) -> dict[str, Any]:
             return jax.eval_shape(
-                lambda p, s, x: features_of(forward(p, s, x, None)[1]), params, state, images
+                lambda p, s, x, k: features_of(forward(p, s, x, k)[1]), params, state, images, key
             )
 
-        check_features(features(self.forward, params, model_state or {}), features(*self.teacher))
+        check_features(
+            features(self.forward, params, model_state or {}, jax.random.key(0)),
+            features(*self.teacher),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,7 @@ class RunOptions:
         batch_norm_batches: training batches over which batch statistics are re-estimated before
             each evaluation; 0 keeps the running averages.
         average_decay: of the moving averages of the weights, by which the run is then judged and
-            finalized, e.g. 0.999: an average over the last thousand steps; 0 for none. See
+            finalized, e.g. 0.999: an average over the last thousand updates; 0 for none. See
             `ssvq_jax.training.average`.
         remat: decode the weights again in the backward pass: less memory, more time; see
             `ssvq_jax.training.step.make_train_step`.
@@ -91,10 +96,7 @@ class RunOptions:
             raise ValueError(f"validate_every={self.validate_every}: give at least 1, or nothing")
         if self.batch_norm_batches < 0:
             raise ValueError(f"batch_norm_batches={self.batch_norm_batches}: give at least 0")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(
-                f"average_decay={self.average_decay}: give at least 0 (no average) and below 1"
-            )
+        check_decay(self.average_decay)
 
 
 class Run:

@@ -19,8 +19,8 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, Key
 
 from ssvq_jax.plan import Plan
-from ssvq_jax.training.average import start_average, update_average
-from ssvq_jax.training.freezing import FreezeState, frozen_signs
+from ssvq_jax.training.average import check_decay, start_average, update_average
+from ssvq_jax.training.freezing import freeze_state
 from ssvq_jax.training.layout import Layout
 from ssvq_jax.training.objective import (
     INTERMEDIATES,
@@ -29,6 +29,7 @@ from ssvq_jax.training.objective import (
     Teacher,
     features_of,
 )
+from ssvq_jax.training.optimizer import updates_made
 from ssvq_jax.training.remat import remat_calls
 from ssvq_jax.tree import PyTree, Variables, split
 
@@ -66,12 +67,19 @@ def linen_forward(
 
     Returns:
         The module as a function.
+
+    Raises:
+        ValueError: if ``features`` is no regular expression.
     """
+    try:
+        pattern = re.compile(features or "")
+    except re.error as error:
+        raise ValueError(f"features={features!r} is no regular expression: {error}") from error
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
     def wanted(inner: nn.Module, method: str) -> bool:
         path = "/".join(inner.path)
-        return method == "__call__" and bool(re.fullmatch(features or "", path)) and path != ""
+        return method == "__call__" and bool(pattern.fullmatch(path)) and path != ""
 
     capture = wanted if features else False
     captured = [INTERMEDIATES] if features else []
@@ -198,19 +206,28 @@ def make_train_step(
         that can be lowered.
 
     Raises:
-        ValueError: if the objective has numbers out of range, or lacks its teacher.
+        ValueError: if the objective has numbers out of range, or lacks its teacher; if
+            ``average_decay`` is out of range, or the state keeps averages where it is 0, or none
+            where it is not (when the step is first called).
     """
     aim = objective or Objective()
     aim.check(teacher)
+    check_decay(average_decay)
 
     def step(
         known: tuple[PyTree, PyTree] | None, state: CompressionState, batch: Batch
     ) -> tuple[CompressionState, dict[str, Array]]:
+        if (state.average is None) != (average_decay == 0):
+            kept = "no averages" if state.average is None else "averages"
+            raise ValueError(
+                f"average_decay={average_decay}, and the state keeps {kept}: give make_state "
+                f"average={average_decay > 0}"
+            )
         key = jax.random.fold_in(state.key, state.step)
         example = None
         if teacher is not None and known is not None:
             logits, collections = teacher.forward(*known, batch["image"], None)
-            example = jax.lax.stop_gradient(Outputs(logits, features_of(collections)))
+            example = Outputs(logits, features_of(collections))
 
         def decode(learned: Variables) -> PyTree:
             params = plan.decode({**learned, **state.fixed})
@@ -230,9 +247,14 @@ def make_train_step(
         )
         state = state.apply_gradients(grads=grads).replace(model_state=model_state)
         if state.average is not None:
-            frozen = frozen_signs(state.opt_state)
+            frozen = freeze_state(state.opt_state)
             average = update_average(
-                state.average, state.params, model_state, frozen, state.step, average_decay
+                state.average,
+                state.params,
+                model_state,
+                {} if frozen is None else frozen.frozen,
+                *updates_made(state.opt_state, state.step),
+                average_decay,
             )
             state = state.replace(average=average)
         if layout is not None:
@@ -274,14 +296,13 @@ def sign_shares(opt_state: optax.OptState) -> dict[str, Array]:
     Returns:
         The two scalars; empty without `freeze_signs` or sign latents.
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, FreezeState))
-    for node in nodes:
-        if isinstance(node, FreezeState) and node.frozen:
-            total = sum(mask.size for mask in node.frozen.values())
-            flipped = sum(jnp.sum(f >= 0) for f in node.frequency.values())
-            frozen = sum(jnp.sum(mask) for mask in node.frozen.values())
-            return {"flipped": jnp.asarray(flipped) / total, "frozen": jnp.asarray(frozen) / total}
-    return {}
+    found = freeze_state(opt_state)
+    if found is None or not found.frozen:
+        return {}
+    total = sum(mask.size for mask in found.frozen.values())
+    flipped = sum(jnp.sum(f >= 0) for f in found.frequency.values())
+    frozen = sum(jnp.sum(mask) for mask in found.frozen.values())
+    return {"flipped": jnp.asarray(flipped) / total, "frozen": jnp.asarray(frozen) / total}
 
 
 class Evaluation(NamedTuple):

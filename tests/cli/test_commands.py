@@ -384,6 +384,8 @@ def test_sgd_trains(ssvq, project):
          "runs/sgd")  # fmt: skip
     found = results(project / "runs/sgd")
     assert (found["optimizer"]["rule"], found["optimizer"]["momentum"]) == ("sgd", 0.9)
+    for file in ("config.json", "results.json"):  # unclipped, and still JSON
+        assert "Infinity" not in (project / "runs/sgd" / file).read_text()
     assert found["after"]["accuracy"] > 0.8
 
 
@@ -393,7 +395,7 @@ def test_finetune_learns_from_the_float_model(trained, ssvq, project):
          "--out", "runs/taught")  # fmt: skip
     found = results(project / "runs/taught")
     assert found["objective"] == {
-        "label_smoothing": 0.0, "distillation": 1.0, "temperature": 2.0, "feature_weight": 1.0,
+        "label_smoothing": 0.0, "distill": 1.0, "temperature": 2.0, "feature_weight": 1.0,
     }  # fmt: skip
     lines = [
         json.loads(x) for x in (project / "runs/taught/metrics.jsonl").read_text().splitlines()
@@ -417,8 +419,14 @@ def test_finetune_learns_from_the_float_model(trained, ssvq, project):
         (["--temperature", "2"], "temperature is for distillation: give --distill"),
         (["--feature-weight", "2"], "feature_weight is for distillation: give --features"),
         (["--teacher", "runs/float"], "teacher is for distillation: give --distill 0.5"),
-        (["--distill", "1.5"], "distillation=1.5"),
-        (["--features", "nothing"], "gives no features"),
+        (["--distill", "1.5"], "distill=1.5"),
+        (
+            ["--distill", "1", "--label-smoothing", "0.1"],
+            "label_smoothing=0.1: with a distill of 1",
+        ),
+        (["--features", "nothing"], "the pattern matches no inner module"),
+        (["--features", "["], "features='[' is no regular expression"),
+        (["--features", "hidden", "--feature-weight", "0"], "feature_weight=0"),
         (["--average-decay", "1"], "average_decay=1"),
         (["--label-smoothing", "1"], "label_smoothing=1"),
         (["--optimizer.momentum", "1"], "momentum=1"),

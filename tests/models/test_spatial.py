@@ -1,5 +1,7 @@
 """Convolution and pooling against XLA's own, with their derivatives."""
 
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -148,3 +150,76 @@ def test_max_pool_keeps_what_is_no_number():
     images = jnp.ones((1, 4, 4, 1)).at[0, 1, 2, 0].set(jnp.nan)
     expected = [[False, True], [False, False]]
     np.testing.assert_array_equal(jnp.isnan(max_pool(images, 2, 2, 0)[0, :, :, 0]), expected)
+
+
+def test_eight_devices(on_eight_devices):
+    on_eight_devices(Path(__file__).parent / "spatial_on_eight_devices.py")
+
+
+# What is neither of the two is XLA's own, and refused in its words
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "settings"),
+    [
+        ((2, 9, 9, 4), (1, 1, 4, 4), {"lhs_dilation": (2, 2), "padding": ((0, 0), (0, 0))}),
+        (
+            (2, 9, 9, 4),
+            (3, 3, 1, 4),
+            {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 1)), "feature_group_count": 4},
+        ),
+        ((2, 9, 9, 4), (1, 1, 4, 4), {"padding": ((1, -1), (0, 0))}),
+        ((2, 9, 9, 4), (3, 3, 1, 4), {"padding": ((-1, 0), (0, 0)), "feature_group_count": 4}),
+        ((0, 9, 9, 4), (1, 1, 4, 4), {}),
+        ((0, 9, 9, 4), (3, 3, 1, 4), {"feature_group_count": 4}),
+        ((2, 4, 9, 9), (4, 4, 1, 1), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
+    ],
+)
+def test_other_convolutions(shape, kernel, settings):
+    images, weights = drawn(shape, kernel)
+    given = {"window_strides": (1, 1), "padding": "VALID", **settings}
+    expected = jax.lax.conv_general_dilated(
+        images, weights, **{"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **given}
+    )
+    np.testing.assert_allclose(convolve(images, weights, **given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_results_of_another_type():
+    images, weights = (x.astype(jnp.bfloat16) for x in drawn((2, 5, 5, 4), (1, 1, 4, 4)))
+    found = convolve(images, weights, (1, 1), "VALID", preferred_element_type=jnp.float32)
+    assert found.dtype == jnp.float32
+
+
+def test_a_line_of_pixels():
+    images, weights = drawn((2, 9, 4), (3, 1, 4))
+    numbers = ("NWC", "WIO", "NWC")
+    found = convolve(
+        images, weights, (1,), "SAME", dimension_numbers=numbers, feature_group_count=4
+    )
+    assert found.shape == (2, 9, 4)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_channels_that_do_not_fit(size):
+    images, weights = drawn((2, 5, 5, 4), (size, size, 3, 4))
+    with pytest.raises(ValueError, match="feature_group_count"):
+        convolve(images, weights, (1, 1), "SAME")
+
+
+def test_second_derivatives():
+    images, kernel = drawn((1, 4, 4, 2), (3, 3, 1, 2))
+
+    def along(convolve):
+        def loss(kernel):
+            return jnp.sum(convolve(images, kernel) ** 3)
+
+        return jax.jvp(jax.grad(loss), (kernel,), (jnp.ones_like(kernel),))[1]
+
+    found = along(lambda x, k: convolve(x, k, (1, 1), "SAME", feature_group_count=2))
+    expected = along(lambda x, k: own(x, k, (1, 1), "SAME", (1, 1), 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_no_images_to_pool():
+    assert max_pool(jnp.zeros((0, 4, 4, 1)), 2, 2, 0).shape == (0, 2, 2, 1)
+    assert max_pool(jnp.zeros((1, 2, 2, 1)), 3, 1, 0).shape == (1, 0, 0, 1)

@@ -25,13 +25,16 @@ def users_promotion():
         yield
 
 
+YES = jnp.array(True)
+
+
 def test_by_hand():
     average = start_average({"w": jnp.array([4.0])}, {"s": jnp.array([0.0]), "n": jnp.array(1)})
     values = [2.0, 1.0, 7.0]
     expected, state = 4.0, 0.0
     for step, value in enumerate(values, start=1):
         new = {"w": jnp.array([value])}, {"s": jnp.array([2 * value]), "n": jnp.array(step)}
-        average = update_average(average, *new, {}, jnp.int32(step), 0.25)
+        average = update_average(average, *new, {}, jnp.int32(step), YES, 0.25)
         decay = min(0.25, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
         state = decay * state + (1 - decay) * 2 * value
@@ -44,7 +47,7 @@ def test_narrow_weights_are_averaged_in_float32():
     weights = {"w": jnp.ones(1, jnp.bfloat16)}
     average = start_average({"w": jnp.zeros(1, jnp.bfloat16)}, {})
     for step in range(1_000_000, 1_000_100):
-        average = update_average(average, weights, {}, {}, jnp.int32(step), 0.9999)
+        average = update_average(average, weights, {}, {}, jnp.int32(step), YES, 0.9999)
     np.testing.assert_allclose(average.params["w"], [1 - 0.9999**100], rtol=1e-3)
     params, _ = average.read((weights, {}))
     assert params["w"].dtype == jnp.bfloat16
@@ -56,7 +59,7 @@ def test_frozen_signs_are_taken_as_they_are():
     average = start_average(tree, {})
     flipped = jax.tree.map(lambda x: -x, tree)
     frozen = {path: jnp.array([True, False])}
-    average = update_average(average, flipped, {}, frozen, jnp.int32(1000), 0.9)
+    average = update_average(average, flipped, {}, frozen, jnp.int32(1000), YES, 0.9)
     np.testing.assert_allclose(average.params["vq"]["w"]["sign_latent"], [-1.0, 0.8], rtol=1e-6)
 
 
@@ -119,7 +122,7 @@ def test_a_run_is_judged_and_packed_by_its_average(setup):
         task.forward, variables, tx, jax.random.split(jax.random.key(0))[1], model_state
     )
     step, batches = make_train_step(plan), task.train_batches(0)
-    mean = jax.tree.map(np.asarray, (state.params, state.model_state))
+    mean, scalars = jax.tree.map(np.asarray, (state.params, state.model_state)), {}
     for i in range(1, STEPS + 1):
         state, scalars = step(state, next(batches))
         decay = min(DECAY, (1 + i) / (10 + i))
@@ -164,6 +167,33 @@ def test_a_checkpoint_of_another_decay_is_refused(setup, tmp_path):
     tuned(setup, tmp_path, steps=2)
     with pytest.raises(ValueError, match=r"average_decay: 0\.8 there, 0\.5 now"):
         tuned(setup, tmp_path, steps=2, decay=0.5)
+
+
+def test_accumulated_steps_are_one_update(setup):
+    task, plan, params, model_state = setup
+    config = dataclasses.replace(FAST, accumulate=3)
+    variables = plan.init(jax.random.key(0), params)
+    tx = make_optimizer(plan, STEPS, config)
+    state = make_state(task.forward, variables, tx, jax.random.key(1), model_state, average=True)
+    step, batches = make_train_step(plan, average_decay=DECAY), task.train_batches(0)
+    mean = np.asarray(state.params["params"]["fc2"]["kernel"])
+    for i in range(1, 10):
+        state, _ = step(state, next(batches))
+        if i % 3 == 0:
+            decay = min(DECAY, (1 + i // 3) / (10 + i // 3))
+            mean = decay * mean + (1 - decay) * np.asarray(state.params["params"]["fc2"]["kernel"])
+        found = state.average.params["params"]["fc2"]["kernel"]
+        np.testing.assert_allclose(found, mean, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("average", "decay"), [(True, 0.0), (False, 0.5)])
+def test_a_state_and_a_step_that_disagree(setup, average, decay):
+    task, plan, params, model_state = setup
+    tx = make_optimizer(plan, STEPS, FAST)
+    variables = plan.init(jax.random.key(0), params)
+    state = make_state(task.forward, variables, tx, jax.random.key(1), model_state, average=average)
+    with pytest.raises(ValueError, match=f"give make_state average={not average}"):
+        make_train_step(plan, average_decay=decay)(state, next(task.train_batches(0)))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

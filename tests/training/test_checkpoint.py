@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import ssvq_jax as ssvq
 from ssvq_jax.data import ArraySplit, Shift, eval_batches, train_batches
@@ -25,6 +26,25 @@ def users_promotion():
     """Flax and optax mix dtypes."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run traces its own functions; what is compiled of equal ones is kept for the next."""
+    kept = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in kept}
+    configure(kept)
+    yield
+    configure(before)
+
+
+def configure(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def dense_plan(tree):

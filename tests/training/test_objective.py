@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ssvq_jax as ssvq
+from ssvq_jax.models.vit import Block, ViT, ViTConfig
 from ssvq_jax.training.finetune import finetune
 from ssvq_jax.training.layout import local_layout
 from ssvq_jax.training.objective import (
@@ -118,7 +119,7 @@ def test_parts_are_weighted():
     ours = Outputs(drawn(5, 4), {"a": drawn(2, 3)})
     theirs = Outputs(drawn(5, 4, seed=1), {"a": drawn(2, 3, seed=1)})
     batch = {"label": jnp.array([0, 3, 1, 1, 2])}
-    aim = Objective(distillation=0.25, temperature=2.0, feature_weight=3.0)
+    aim = Objective(distill=0.25, temperature=2.0, feature_weight=3.0)
     loss, parts = aim(ours, batch, theirs)
     expected = 0.75 * parts["label_loss"] + 0.25 * parts["teacher_loss"] + 3 * parts["feature_loss"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -129,10 +130,11 @@ def test_parts_are_weighted():
     ("settings", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
-        ({"distillation": 1.5}, "distillation=1.5"),
+        ({"distill": 1.5}, "distill=1.5"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"feature_weight": -1.0}, "feature_weight=-1.0"),
-        ({"distillation": 0.5}, "needs a teacher"),
+        ({"distill": 1.0, "label_smoothing": 0.1}, "no label counts"),
+        ({"distill": 0.5}, "needs a teacher"),
         ({"feature_weight": 1.0}, "needs a teacher"),
     ],
 )
@@ -149,7 +151,7 @@ def test_a_teacher_of_whom_nothing_is_learned():
 # Training
 
 
-class Block(nn.Module):
+class Part(nn.Module):
     width: int
 
     @nn.compact
@@ -163,9 +165,9 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, images, train: bool = False):
         x = images.reshape(images.shape[0], -1)
-        x = Block(self.width, name="block_0")(x)
+        x = Part(self.width, name="block_0")(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="bn")(x)
-        x = Block(self.width, name="block_1")(x)
+        x = Part(self.width, name="block_1")(x)
         return nn.Dense(4, name="head")(x)
 
 
@@ -186,7 +188,7 @@ def dense_plan(params):
 RATE = 0.5
 PLAIN = OptimizerConfig(
     rule="sgd", dense=RATE, weight_decay=0.0, momentum=0.0, warmup_share=0.0,
-    clip_norm=float("inf"), freeze=None,
+    clip_norm=None, freeze=None,
 )  # fmt: skip
 
 
@@ -204,7 +206,7 @@ def test_a_step_follows_the_gradient_of_the_whole_objective(devices):
     forward = linen_forward(Net(), features=r"block_\d")
     ours, theirs = variables_of(), variables_of(seed=1)
     teacher = Teacher(forward, theirs["params"], {"batch_stats": theirs["batch_stats"]})
-    aim = Objective(label_smoothing=0.1, distillation=0.5, temperature=2.0, feature_weight=0.3)
+    aim = Objective(label_smoothing=0.1, distill=0.5, temperature=2.0, feature_weight=0.3)
     batch = batch_of(8)
 
     def loss(params):
@@ -244,20 +246,44 @@ def test_a_step_follows_the_gradient_of_the_whole_objective(devices):
     np.testing.assert_array_equal(teacher.params["head"]["bias"], theirs["params"]["head"]["bias"])
 
 
+def test_labels_out_of_range_do_no_harm_where_they_are_not_read():
+    ours, theirs = (Outputs(drawn(5, 4, seed=seed), {}) for seed in (0, 1))
+    loss, parts = Objective(distill=1.0)(ours, {"label": jnp.full(5, 99)}, theirs)
+    np.testing.assert_allclose(loss, teacher_loss(ours.logits, theirs.logits, 1.0))
+    assert set(parts) == {"teacher_loss"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_narrow_logits_are_widened(temperature):
+    ours, theirs = (drawn(50, 9, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
+    theirs = ours + 0.01 * theirs  # a small divergence of large logarithms
+    wide = [x.astype(jnp.float32) for x in (ours, theirs)]
+    found, expected = teacher_loss(ours, theirs, temperature), teacher_loss(*wide, temperature)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    labels = {"label": jnp.arange(50) % 9}
+    np.testing.assert_allclose(label_loss(ours, labels, 0.1), label_loss(wide[0], labels, 0.1))
+
+
+def test_a_feature_of_the_teacher_that_is_dead():
+    found = feature_loss({"a": jnp.array([2.0])}, {"a": jnp.array([0.0])})
+    assert float(found) == 4.0
+
+
 def test_distillation_alone_needs_no_labels():
     forward, theirs = linen_forward(Net()), variables_of(seed=1)
     teacher = Teacher(forward, theirs["params"], {"batch_stats": theirs["batch_stats"]})
     found = []
     for shift in (0, 1):
         plan, state = begin(forward, variables_of())
-        step = make_train_step(plan, objective=Objective(distillation=1.0), teacher=teacher)
+        step = make_train_step(plan, objective=Objective(distill=1.0), teacher=teacher)
+        scalars: dict = {}
         for seed in range(5):
             batch = batch_of(16, seed)
             state, scalars = step(state, {**batch, "label": (batch["label"] + shift) % 4})
         found.append((state.params, float(scalars["teacher_loss"])))
     jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
     plan, state = begin(forward, variables_of())
-    first = make_train_step(plan, objective=Objective(distillation=1.0), teacher=teacher)(
+    first = make_train_step(plan, objective=Objective(distill=1.0), teacher=teacher)(
         state, batch_of(16)
     )[1]
     assert found[0][1] < float(first["teacher_loss"])
@@ -285,6 +311,31 @@ def test_features_have_the_paths_of_modules():
         assert set(found) == {"block_0", "block_0/fc", "block_1", "block_1/fc", "bn"}
         assert {x.shape for x in found.values()} == {(2, 8)}
     assert features_of(linen_forward(Net())(params, state, images, None)[1]) == {}
+
+
+def test_features_are_those_of_blocks_that_are_computed_again():
+    config = ViTConfig(image_size=8, channels=1, patch_size=4, width=8, depth=2, heads=2, classes=4)
+    model, images = ViT(config), drawn(2, 8, 8, 1)
+    params = model.init(jax.random.key(0), images)["params"]
+    pattern = r"blocks_\d+"
+    again = linen_forward(model, remat=Block, features=pattern)
+    kept = linen_forward(model, features=pattern)
+
+    def loss(forward, params, key):
+        features = features_of(forward(params, {}, images, key)[1])
+        assert set(features) == {"blocks_0", "blocks_1"}
+        return sum(jnp.sum(x**2) for x in features.values())
+
+    expected = jax.grad(lambda p: loss(kept, p, None))(params)
+    found = jax.grad(lambda p: loss(again, p, jax.random.key(1)))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+def test_a_pattern_that_is_no_regular_expression():
+    with pytest.raises(ValueError, match=r"features='\[' is no regular expression"):
+        linen_forward(Net(), features="[")
 
 
 class Endless:
@@ -316,7 +367,7 @@ def run(task, **settings):
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
-        ("nothing", "nothing", "gives no features"),
+        ("nothing", "nothing", "matches no inner module"),
         ("block_0", "block_[01]", r"feature 'block_1' is missing of the model and \(16, 8\)"),
     ],
 )
@@ -355,7 +406,7 @@ def test_a_wider_teacher_teaches_by_its_logits():
     wide = variables_of(Net(width=12))
     task = task_of(
         linen_forward(Net()),
-        objective=Objective(distillation=0.9),
+        objective=Objective(distill=0.9),
         teacher=Teacher(
             linen_forward(Net(width=12)), wide["params"], {"batch_stats": wide["batch_stats"]}
         ),

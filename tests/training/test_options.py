@@ -291,6 +291,10 @@ def test_settings_are_plain_data():
         ({"dense": -1e-3}, "dense=-0.001: a rate must be finite and at least 0"),
         ({"sign": float("nan")}, "sign=nan"),
         ({"weight_decay": float("inf")}, "weight_decay=inf"),
+        ({"clip_norm": float("inf")}, "clip_norm=inf: it must be above 0, and finite"),
+        ({"rule": "adam"}, "rule='adam': choose one of"),
+        ({"rule": "sgd", "momentum": 1.0}, "momentum=1.0: give at least 0"),
+        ({"momentum": 0.5}, "momentum=0.5 is of rule='sgd'"),
         ({"clip_norm": 0.0}, "clip_norm=0.0: it must be above 0"),
         ({"warmup_share": 1.5}, "warmup_share=1.5: a share of the run is between 0 and 1"),
         ({"freeze": FreezeConfig(warmup_share=-0.1)}, "freeze.warmup_share=-0.1: a share"),
@@ -309,3 +313,36 @@ def test_settings_out_of_range_are_named(settings, message):
 def test_runs_of_any_length_have_a_schedule(steps, share):
     plan = ssvq.make_plan({"w": jax.ShapeDtypeStruct((8, 8), "float32")}, [(".*", None)])
     make_optimizer(plan, steps, OptimizerConfig(warmup_share=share))
+
+
+# SGD
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sgd_is_pytorchs(dtype):
+    torch = pytest.importorskip("torch", reason="the reference implementation")
+    generator = np.random.default_rng(0)
+    start = generator.normal(size=(5, 3)).astype(np.float32)
+    grads = generator.normal(size=(4, 5, 3)).astype(np.float32)
+    config = OptimizerConfig(
+        rule="sgd", dense=0.1, weight_decay=0.05, momentum=0.8, warmup_share=0.0, clip_norm=None,
+        freeze=None, moment_dtype=dtype,
+    )  # fmt: skip
+    params = {"w": jnp.asarray(start)}
+    plan = ssvq.make_plan(params, [(".*", None)])
+    tx = make_optimizer(plan, 4, config)
+    learned, _ = ssvq.split(plan.init(jax.random.key(0), params))
+    state = tx.init(learned)
+    weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.8, weight_decay=0.05, nesterov=True)
+    for i, grad in enumerate(grads):
+        updates, state = tx.update(jax.tree.map(lambda x, g=grad: jnp.asarray(g), learned), state,
+                                   learned)  # fmt: skip
+        learned = optax.apply_updates(learned, updates)
+        sgd.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + np.cos(np.pi * i / 4))
+        weight.grad = torch.from_numpy(grad)
+        sgd.step()
+    tolerance = 1e-6 if dtype == "float32" else 5e-3
+    np.testing.assert_allclose(
+        learned["params"]["w"], weight.detach().numpy(), rtol=tolerance, atol=tolerance
+    )
