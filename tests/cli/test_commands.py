@@ -409,8 +409,9 @@ def test_finetune_learns_from_the_float_model(trained, ssvq, project):
         ssvq("finetune", *resumed, "--out", "runs/again")
     assert not (project / "runs/again").exists()
     ssvq("finetune", *resumed, "--teacher", trained, "--out", "runs/again")
+    ssvq("train", *IMAGES, "--steps", "1", "--seed", "7", "--out", "runs/other")
     with pytest.raises(SystemExit, match="teacher: "):  # another teacher makes another run
-        ssvq("finetune", *resumed, "--teacher", "runs/sgd", "--out", "runs/again")
+        ssvq("finetune", *resumed, "--teacher", "runs/other", "--out", "runs/again")
 
 
 @pytest.mark.parametrize(
