@@ -29,6 +29,7 @@ import torch
 import transformers
 import tyro
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from ssvq_jax.models import REGISTRY, create
@@ -151,7 +152,7 @@ def main(config: Config) -> None:
     ratios: dict[str, dict[str, float]] = {"forward_ratio": {}, "step_ratio": {}}
     figures: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    for name in config.models:
+    for name in track(config.models, "comparing", console=Console(stderr=True)):
         try:
             found = compare(name, config)
         except MissingReferenceError as error:
