@@ -1,14 +1,13 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from reading import deit_tiny, deit_tiny_shapes
 
 import ssvq_jax as ssvq
-from ssvq_jax import Rule, SignSplit, Uniform, Vector, hardware, make_plan
+from ssvq_jax import Rule, SignSplit, Uniform, Vector, make_plan
 from ssvq_jax.hardware import Accelerator, Product, Workload, cost, with_bits, with_plan
-from ssvq_jax.models import create, param_shapes
 from ssvq_jax.quantizers import Storage, Stream
 from ssvq_jax.recipe import PRESETS
 
@@ -31,11 +30,9 @@ def stored_bytes(layers):
 @pytest.mark.parametrize("recipe", sorted(PRESETS))
 def test_all_bytes_are_those_of_the_plan(recipe):
     """Every weight of DeiT-tiny is fetched once: no second bookkeeping, no leaf left out."""
-    model = create("deit_tiny", scan=recipe.endswith("-scanned"))
-    shapes = param_shapes(model)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    workload = hardware.read_workload(lambda p, x: model.apply({"params": p}, x), shapes, images)
-    plan = make_plan(shapes, PRESETS[recipe])
+    scan = recipe.endswith("-scanned")
+    workload = deit_tiny(scan)
+    plan = make_plan(deit_tiny_shapes(scan), PRESETS[recipe])
     layers = with_plan(workload, plan)
     assert stored_bytes(layers) == pytest.approx(plan.bits().stored_bytes, rel=1e-12)
     half = plan.bits("float16")
@@ -43,11 +40,7 @@ def test_all_bytes_are_those_of_the_plan(recipe):
 
 
 def test_int8_of_deit_tiny_is_a_byte_a_weight():
-    model = create("deit_tiny")
-    shapes = param_shapes(model)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    workload = hardware.read_workload(lambda p, x: model.apply({"params": p}, x), shapes, images)
-    assert stored_bytes(with_bits(workload, 8, other_bits=8)) == 5_717_416
+    assert stored_bytes(with_bits(deit_tiny(), 8, other_bits=8)) == 5_717_416
 
 
 def test_formats_by_hand():

@@ -47,8 +47,9 @@ def dense(x, p):
 def test_forward_equals_the_equations():
     model = ViT(SMALL)
     images = jax.random.normal(jax.random.key(1), (3, 8, 8, 2))
-    params = model.init(jax.random.key(0), images)["params"]
-    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    random = np.random.default_rng(2)
+    noise = lambda x: np.asarray(x) + 0.1 * random.normal(size=x.shape).astype("float32")  # noqa: E731
     params = jax.tree.map(noise, params)
     p = jax.tree.map(np.float64, params)
     # Patches: row by row, each flattened as height, width, channel.
@@ -69,16 +70,17 @@ def test_forward_equals_the_equations():
         hidden = hidden * np.float64(jax.scipy.stats.norm.cdf(hidden))  # exact GELU
         x = x + dense(hidden, block["mlp"]["fc2"])
     logits = dense(norm(x, p["norm"])[:, 0], p["head"])
-    np.testing.assert_allclose(model.apply({"params": params}, images), logits, atol=1e-4)
+    found = jax.jit(model.apply)({"params": params}, images)
+    np.testing.assert_allclose(found, logits, atol=1e-4)
 
 
 def test_bfloat16_activations_keep_float32_parameters_and_logits():
     model = ViT(SMALL, dtype=jnp.bfloat16)
     images = jax.random.normal(jax.random.key(1), (3, 8, 8, 2))
     with jax.numpy_dtype_promotion("standard"):
-        params = model.init(jax.random.key(0), images)["params"]
-        logits = model.apply({"params": params}, images)
-        exact = ViT(SMALL).apply({"params": params}, images)
+        params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+        logits = jax.jit(model.apply)({"params": params}, images)
+        exact = jax.jit(ViT(SMALL).apply)({"params": params}, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, exact, atol=0.05)

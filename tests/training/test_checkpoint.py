@@ -33,7 +33,7 @@ def compiled_once(tmp_path_factory):
     """Every run traces its own functions; what is compiled of equal ones is kept for the next."""
     kept = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     before = {name: getattr(jax.config, name) for name in kept}
     configure(kept)
