@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ssvq_jax import tree
 from ssvq_jax.analysis.leaves import check_tree, decode_entry
 from ssvq_jax.plan import Plan
-from ssvq_jax.training.step import Batch, Evaluation, Forward, make_evaluate
+from ssvq_jax.training.evaluation import Evaluation, make_evaluate
+from ssvq_jax.training.step import Batch, Forward
 from ssvq_jax.tree import PyTree, Variables
 
 

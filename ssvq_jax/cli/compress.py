@@ -56,11 +56,11 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
         from ssvq_jax.cli.setup import make_task, set_up
         from ssvq_jax.cli.weights import open_plan
         from ssvq_jax.report import print_outcome
+        from ssvq_jax.training.evaluation import make_evaluate
         from ssvq_jax.training.finetune import finetune
         from ssvq_jax.training.layout import local_layout
         from ssvq_jax.training.optimizer import OptimizerConfig
         from ssvq_jax.training.run import RunOptions
-        from ssvq_jax.training.step import make_evaluate
 
         setup = set_up(self, compressed=False)
         command, model, images, weights = setup.options, setup.model, setup.images, setup.weights

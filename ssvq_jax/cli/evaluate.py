@@ -102,8 +102,8 @@ class EvalCommand(BatchOptions, ModelOptions):
         from ssvq_jax.packing import is_packed
         from ssvq_jax.plan import make_plan
         from ssvq_jax.report import print_outcome, provenance
+        from ssvq_jax.training.evaluation import make_evaluate
         from ssvq_jax.training.layout import local_layout
-        from ssvq_jax.training.step import make_evaluate
 
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out={self.out} is a file: give a folder")

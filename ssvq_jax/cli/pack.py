@@ -70,8 +70,8 @@ class PackCommand(BatchOptions, ModelOptions):
         from ssvq_jax.cli.setup import make_task, set_up
         from ssvq_jax.plan import make_plan
         from ssvq_jax.report import print_outcome
+        from ssvq_jax.training.evaluation import make_evaluate
         from ssvq_jax.training.layout import local_layout
-        from ssvq_jax.training.step import make_evaluate
 
         if self.which is not None and (self.weights is None or not self.weights.is_dir()):
             raise ValueError(f"which={self.which} is for the folder of a run: leave it out")

@@ -8,11 +8,12 @@ from jaxtyping import Array, Key
 
 from ssvq_jax.plan import Packed, Plan
 from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.evaluation import Evaluation
 from ssvq_jax.training.identity import checksum
 from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ssvq_jax.training.run import Run, RunOptions, Task
-from ssvq_jax.training.step import CompressionState, Evaluation, make_state
+from ssvq_jax.training.step import CompressionState, make_state
 from ssvq_jax.tree import PyTree, Variables
 
 

@@ -11,18 +11,12 @@ from ssvq_jax.plan import Plan
 from ssvq_jax.training.average import check_decay, start_average
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
 from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.evaluation import Evaluation, make_evaluate
 from ssvq_jax.training.layout import Layout, local_layout
 from ssvq_jax.training.loop import fit
 from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.objective import Objective, Teacher, check_features, features_of
-from ssvq_jax.training.step import (
-    Batch,
-    CompressionState,
-    Evaluation,
-    Forward,
-    make_evaluate,
-    make_train_step,
-)
+from ssvq_jax.training.step import Batch, CompressionState, Forward, make_train_step
 from ssvq_jax.tree import PyTree
 
 

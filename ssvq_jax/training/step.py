@@ -7,8 +7,8 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -303,64 +303,3 @@ def sign_shares(opt_state: optax.OptState) -> dict[str, Array]:
     flipped = sum(jnp.sum(f >= 0) for f in found.frequency.values())
     frozen = sum(jnp.sum(mask) for mask in found.frozen.values())
     return {"flipped": jnp.asarray(flipped) / total, "frozen": jnp.asarray(frozen) / total}
-
-
-class Evaluation(NamedTuple):
-    """Quality on a data set.
-
-    Attributes:
-        accuracy: share of examples whose largest logit is the label's.
-        standard_error: of that share, sqrt(p(1 - p)/n).
-        loss: mean cross-entropy, nats.
-        examples: n.
-    """
-
-    accuracy: float
-    standard_error: float
-    loss: float
-    examples: int
-
-
-def make_evaluate(
-    forward: Forward, layout: Layout | None = None
-) -> Callable[[PyTree, PyTree, Iterable[Batch]], Evaluation]:
-    """Compiles evaluation.
-
-    Args:
-        forward: the model.
-        layout: the devices, over which batches are cut; None for the default one.
-
-    Returns:
-        A function of parameters, model state and batches with a ``mask`` ``[b]`` that is 0 for
-        padded examples. It raises ValueError without examples, or for batches that the devices do
-        not divide.
-    """
-
-    def sums(params: PyTree, model_state: PyTree, batch: Batch) -> Float[Array, "3"]:
-        logits, _ = forward(params, model_state, batch["image"], None)
-        right = jnp.argmax(logits, -1) == batch["label"]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        mask = jnp.asarray(batch["mask"], jnp.float32)
-        return jnp.stack([jnp.sum(mask, where=right), jnp.sum(mask * loss), jnp.sum(mask)])
-
-    if layout is None:
-        compiled = jax.jit(sums)
-    else:
-        compiled = jax.jit(sums, in_shardings=(layout.replicated, layout.replicated, layout.batch))
-
-    def evaluate(params: PyTree, model_state: PyTree, batches: Iterable[Batch]) -> Evaluation:
-        if layout is not None:
-            params, model_state = jax.device_put((params, model_state), layout.replicated)
-        totals = jnp.zeros(3)
-        for batch in batches:
-            if layout is not None:
-                layout.check_batch(len(batch["label"]))
-            totals = totals + jnp.asarray(compiled(params, model_state, batch))
-        right, loss, count = (float(x) for x in totals)
-        if not count:
-            raise ValueError("evaluation got no examples: the data split is empty")
-        accuracy = right / count
-        error = (accuracy * (1 - accuracy) / count) ** 0.5
-        return Evaluation(accuracy, error, loss / count, int(count))
-
-    return evaluate

@@ -9,11 +9,12 @@ import pytest
 import ssvq_jax as ssvq
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
 from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.evaluation import make_evaluate
 from ssvq_jax.training.finetune import finetune
 from ssvq_jax.training.layout import local_layout
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig, make_optimizer
 from ssvq_jax.training.run import Task
-from ssvq_jax.training.step import linen_forward, make_evaluate, make_state, make_train_step
+from ssvq_jax.training.step import linen_forward, make_state, make_train_step
 
 DEVICES, STEPS, BATCH = 8, 10, 64
 LAYOUTS = {

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
-from ssvq_jax.training.step import linen_forward, make_evaluate
+from ssvq_jax.training.evaluation import make_evaluate
+from ssvq_jax.training.step import linen_forward
 
 KEY = jax.random.key(7)
 

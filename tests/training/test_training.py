@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import ssvq_jax as ssvq
+from ssvq_jax.training.evaluation import make_evaluate
 from ssvq_jax.training.finetune import finetune
 from ssvq_jax.training.loop import fit
 from ssvq_jax.training.metrics import MetricsFile
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig, make_optimizer
 from ssvq_jax.training.run import Task
-from ssvq_jax.training.step import linen_forward, make_evaluate, make_state, make_train_step
+from ssvq_jax.training.step import linen_forward, make_state, make_train_step
 
 
 @pytest.fixture(autouse=True)
