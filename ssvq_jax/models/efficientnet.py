@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from ssvq_jax.models.inverted_residual import (
     TENSORFLOW,
-    ConvNorm,
     Numerics,
     Stage,
     Stages,
@@ -106,10 +105,7 @@ class EfficientNetLite(nn.Module):
             Logits, float32.
         """
         cfg = self.config
-        features = trunk(images, cfg.stages, cfg.numerics, "relu6", self.dtype, train)
-        for i, x in enumerate(features):
-            self.sow("intermediates", f"stage_{i}", x)
-        last = ConvNorm(1280, cfg.numerics, activation="relu6", dtype=self.dtype, name="final")
-        pooled = last(features[-1], train).astype(jnp.float32).mean((1, 2))
+        x = trunk(self, images, "relu6", train, final=1280)[-1]
+        pooled = x.astype(jnp.float32).mean((1, 2))
         pooled = nn.Dropout(cfg.dropout, deterministic=not train)(pooled)
         return nn.Dense(cfg.classes, name="classifier")(pooled)

@@ -225,26 +225,35 @@ def block_paths(stages: Stages) -> Iterator[tuple[str, BlockSpec]]:
 
 
 def trunk(
+    module: Any,
     images: Float[Array, "b h w c"],
-    stages: Stages,
-    numerics: Numerics,
-    stem_activation: str,
-    dtype: Any,
+    activation: str,
     train: bool,
+    final: int | None = None,
 ) -> list[Float[Array, "b _h _w _c"]]:
     """Stem and blocks, as submodules of the module that calls it in its compact method.
 
+    Args:
+        module: has ``config.stages``, ``config.numerics`` and ``dtype``; sows each stage's output.
+        images: normalised images.
+        activation: of the stem and the last convolution.
+        train: normalise by the batch's statistics.
+        final: features of a last 1 x 1 convolution, if there is one.
+
     Returns:
-        The feature map after each stage.
+        The feature map after each stage, and of the last convolution.
     """
-    stem = ConvNorm(
-        stages[0][0].inputs, numerics, 3, 2, activation=stem_activation, dtype=dtype, name="stem"
-    )
-    x = stem(images.astype(dtype), train)
+    stages, numerics, dtype = module.config.stages, module.config.numerics, module.dtype
+    shared: dict[str, Any] = {"activation": activation, "dtype": dtype}
+    x = images.astype(dtype)
+    x = ConvNorm(stages[0][0].inputs, numerics, 3, 2, name="stem", **shared)(x, train)
     blocks = block_paths(stages)
     features = []
-    for stage in stages:
+    for i, stage in enumerate(stages):
         for name, spec in itertools.islice(blocks, len(stage)):
             x = InvertedResidual(spec, numerics, dtype, name=name)(x, train)
+        module.sow("intermediates", f"stage_{i}", x)
         features.append(x)
+    if final is not None:
+        features.append(ConvNorm(final, numerics, name="final", **shared)(x, train))
     return features

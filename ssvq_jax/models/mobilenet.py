@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from ssvq_jax.models.inverted_residual import (
     PYTORCH,
     TENSORFLOW,
-    ConvNorm,
     Numerics,
     Stage,
     Stages,
@@ -117,7 +116,8 @@ class MobileNetV2Backbone(nn.Module):
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> list[Float[Array, "b _h _w _c"]]:
         """Returns the feature map after each stage and, if asked for, the last convolution."""
-        return _features(self, images, self.final, train)
+        final = self.config.final_features if self.final else None
+        return trunk(self, images, "relu6", train, final)
 
 
 class MobileNetV2(nn.Module):
@@ -147,26 +147,7 @@ class MobileNetV2(nn.Module):
         Returns:
             Logits, float32.
         """
-        x = _features(self, images, True, train)[-1]
+        x = trunk(self, images, "relu6", train, final=self.config.final_features)[-1]
         pooled = x.astype(jnp.float32).mean((1, 2))
         pooled = nn.Dropout(self.config.dropout, deterministic=not train)(pooled)
         return nn.Dense(self.config.classes, name="classifier")(pooled)
-
-
-def _features(
-    module: MobileNetV2 | MobileNetV2Backbone,
-    images: Float[Array, "b h w c"],
-    final: bool,
-    train: bool,
-) -> list[Float[Array, "b _h _w _c"]]:
-    """Feature maps, as submodules of the module."""
-    cfg, dtype = module.config, module.dtype
-    features = trunk(images, cfg.stages, cfg.numerics, "relu6", dtype, train)
-    for i, x in enumerate(features):
-        module.sow("intermediates", f"stage_{i}", x)
-    if final:
-        last = ConvNorm(
-            cfg.final_features, cfg.numerics, activation="relu6", dtype=dtype, name="final"
-        )
-        features.append(last(features[-1], train))
-    return features

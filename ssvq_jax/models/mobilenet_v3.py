@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from ssvq_jax.models.inverted_residual import (
     PYTORCH,
     BlockSpec,
-    ConvNorm,
     Numerics,
     Stages,
     make_divisible,
@@ -143,14 +142,9 @@ class MobileNetV3(nn.Module):
         Returns:
             Logits, float32.
         """
-        cfg, act = self.config, "hard_swish"
-        features = trunk(images, cfg.stages, cfg.numerics, act, self.dtype, train)
-        for i, x in enumerate(features):
-            self.sow("intermediates", f"stage_{i}", x)
-        last = ConvNorm(
-            cfg.final_features, cfg.numerics, activation=act, dtype=self.dtype, name="final"
-        )
-        pooled = last(features[-1], train).mean((1, 2))
+        cfg = self.config
+        x = trunk(self, images, "hard_swish", train, final=cfg.final_features)[-1]
+        pooled = x.mean((1, 2))
         hidden = nn.Dense(cfg.hidden_features, dtype=self.dtype, name="hidden")(pooled)
         hidden = jax.nn.hard_swish(hidden).astype(jnp.float32)
         hidden = nn.Dropout(cfg.dropout, deterministic=not train)(hidden)
