@@ -126,7 +126,8 @@ class TrainingOptions(BatchOptions, FolderOptions):
     """How a training run is carried out."""
 
     augment: str | None = None
-    """Augmentation of training images: none, digits, cifar, imagenet, deit or cifar-deit."""
+    """Augmentation of training images: none, digits, cifar, cifar-rand, imagenet,
+    deit or cifar-deit."""
     label_smoothing: float | None = None
     """Share of the labels' probability that is spread over all classes."""
     average_decay: float | None = None

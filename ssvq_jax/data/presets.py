@@ -37,14 +37,15 @@ AUGMENTATION_PRESETS: Mapping[str, AugmentationPreset] = MappingProxyType(
         "deit": AugmentationPreset(
             (_DEIT, HorizontalFlip()), crop_scale=(0.08, 1.0), mix=MixupOrCutMix()
         ),
+        "cifar-rand": AugmentationPreset((_DEIT, Shift(4), HorizontalFlip())),
         "cifar-deit": AugmentationPreset((_DEIT, Shift(4), HorizontalFlip()), mix=MixupOrCutMix()),
     }
 )
-"""`digits` turns, scales and shifts but never mirrors; `cifar` is for images of about 32 pixels;
-`imagenet` is for photographs. `deit`, for photographs, and `cifar-deit`, for images of about 32
-pixels, are for long training from scratch, with RandAugment, and Mixup or CutMix, as for DeiT
-(https://arxiv.org/abs/2012.12877, table 9). Its random erasing, repeated augmentation and label
-smoothing are not part of them."""
+"""`digits` turns, scales and shifts but never mirrors; `cifar` is for images of about 32 pixels,
+and `cifar-rand` puts RandAugment before it; `imagenet` is for photographs. `deit`, for photographs,
+and `cifar-deit`, for images of about 32 pixels, are for long training from scratch, with
+RandAugment, and Mixup or CutMix, as for DeiT (https://arxiv.org/abs/2012.12877, table 9). Its
+random erasing, repeated augmentation and label smoothing are not part of them."""
 
 CIFAR10_NORMALIZATION = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 """Mean and standard deviation of the pixels of CIFAR-10's 50,000 training images."""

@@ -78,6 +78,10 @@ _SMALL = {
     "deit_cifar": vit.ViTConfig(
         image_size=32, patch_size=4, width=192, depth=9, heads=3, classes=10
     ),
+    # 16 tokens after a stem of convolutions: trains on two CPU cores.
+    "vit_cifar": vit.ViTConfig(
+        image_size=32, patch_size=8, width=128, depth=6, heads=4, classes=10, stem=(32, 64, 128)
+    ),
     "deit_digits": vit.ViTConfig(
         image_size=28, channels=1, patch_size=7, width=48, depth=2, heads=3, classes=10
     ),
@@ -149,6 +153,7 @@ REGISTRY: Mapping[str, Registered] = {
     **_family(swin.Swin, swin.CONFIGS, import_swin, _LARGER),
     **_family(convnext.ConvNeXt, convnext.CONFIGS, import_convnext, _BICUBIC),
     **_family(resnet.ResNet, resnet.CONFIGS, import_resnet, _BILINEAR),
+    **_family(resnet.ResNet, resnet.SMALL_CONFIGS, import_resnet),
     **_family(mobilenet.MobileNetV2, mobilenet.CONFIGS, import_mobilenet_v2, _V2_INPUTS),
     **_family(mobilenet_v3.MobileNetV3, mobilenet_v3.CONFIGS, import_mobilenet_v3, _V3_INPUTS),
     **_family(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ssvq_jax.models.spatial import convolve
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -23,6 +25,10 @@ class ViTConfig:
         mlp_ratio: hidden features of the MLP over ``width``.
         classes: number of classes.
         distilled: a distillation token with a head of its own beside the class token's.
+        stem: features of 3x3 convolutions of stride 2 before the patch embedding, which then cuts
+            patches of ``patch_size / 2**len(stem)`` of what they leave (Xiao et al., "Early
+            convolutions help transformers see better", arXiv 2106.14881; here with layer norm
+            after each, so that there are no batch statistics).
     """
 
     image_size: int = 224
@@ -34,6 +40,7 @@ class ViTConfig:
     mlp_ratio: int = 4
     classes: int = 1000
     distilled: bool = False
+    stem: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.classes < 1:
@@ -42,6 +49,10 @@ class ViTConfig:
             raise ValueError(
                 f"patch_size={self.patch_size} does not divide image_size={self.image_size}"
             )
+        if self.patch_size % 2 ** len(self.stem):
+            raise ValueError(
+                f"stem={self.stem}: patch_size={self.patch_size} is not {len(self.stem)} times even"
+            )
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
 
@@ -49,6 +60,18 @@ class ViTConfig:
 def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
     init = nn.initializers.truncated_normal(0.02)
     return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)
+
+
+def _stem_layer(
+    images: Float[Array, "b h w c"], features: int, dtype: Any, index: int
+) -> Float[Array, "b i j d"]:
+    """Convolution, norm over the channels, ReLU; to be called inside of a module."""
+    conv = nn.Conv(
+        features, (3, 3), 2, padding=1, use_bias=False, dtype=dtype, name=f"stem_{index}",
+        kernel_init=nn.initializers.he_normal(), conv_general_dilated=convolve,
+    )  # fmt: skip
+    norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=f"stem_norm_{index}")
+    return nn.relu(norm(conv(images)))
 
 
 class Attention(nn.Module):
@@ -104,7 +127,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """DeiT: patch embedding, class token, learned positions, blocks, norm, linear head.
 
-    Leaf paths follow timm's names: ``patch_embed/kernel``, ``blocks_0/attn/qkv/kernel``, …
+    Leaf paths follow timm's names: ``patch_embed/kernel``, ``blocks_0/attn/qkv/kernel``, …; those
+    of a stem are ``stem_0/kernel``, ``stem_norm_0/scale``, …
 
     Attributes:
         config: sizes.
@@ -132,11 +156,15 @@ class ViT(nn.Module):
         """
         cfg = self.config
         init = nn.initializers.truncated_normal(0.02)
-        patch = (cfg.patch_size, cfg.patch_size)
+        images = images.astype(self.dtype)
+        for i, features in enumerate(cfg.stem):
+            images = _stem_layer(images, features, self.dtype, i)
+        side = cfg.patch_size // 2 ** len(cfg.stem)
+        patch = (side, side)
         embed = nn.Conv(
             cfg.width, patch, patch, "VALID", kernel_init=init, dtype=self.dtype, name="patch_embed"
         )
-        patches = embed(images.astype(self.dtype)).reshape(images.shape[0], -1, cfg.width)
+        patches = embed(images).reshape(images.shape[0], -1, cfg.width)
         names = ["cls_token", "dist_token"] if cfg.distilled else ["cls_token"]
         learned = [self.param(name, init, (1, 1, cfg.width)).astype(self.dtype) for name in names]
         learned = [jnp.tile(token, (images.shape[0], 1, 1)) for token in learned]

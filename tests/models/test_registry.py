@@ -45,7 +45,12 @@ def test_every_recipe_of_inputs_is_one_that_data_knows():
             assert normalization_preset(found.inputs.normalization, channels), name
             assert 0.8 < found.inputs.crop_share <= 1
         else:
-            assert found.task == "language" or name in ("deit_cifar", "deit_digits")
+            assert found.task == "language" or name in (
+                "deit_cifar",
+                "vit_cifar",
+                "resnet20_cifar",
+                "deit_digits",
+            )
 
 
 def test_classes_and_options():
