@@ -8,7 +8,14 @@ from importlib.metadata import version
 
 from ssvq_jax.packing import PackedFile, PackedFileError, load, save
 from ssvq_jax.plan import Packed, Plan, make_plan
-from ssvq_jax.quantizers import Calibration, SignSplit, Uniform, Vector
+from ssvq_jax.quantizers import (
+    Calibration,
+    Masked,
+    MaskedSignSplit,
+    SignSplit,
+    Uniform,
+    Vector,
+)
 from ssvq_jax.recipe import PRESETS, Rule, load_recipe
 from ssvq_jax.training.freezing import cosine_threshold, freeze_signs
 from ssvq_jax.tree import LeafSpec, split
@@ -19,6 +26,8 @@ __all__ = [
     "PRESETS",
     "Calibration",
     "LeafSpec",
+    "Masked",
+    "MaskedSignSplit",
     "Packed",
     "PackedFile",
     "PackedFileError",

@@ -117,7 +117,7 @@ class SharedEntry(Entry):
         """Gives every leaf its own part of what `Quantizer.pack` gave for all.
 
         Args:
-            fields: numbers by field: of sub-vectors (codes), of the codebook, or of weights.
+            fields: numbers by field: of the codebook, of weights, or of sub-vectors (codes, masks).
 
         Yields:
             The leaf, the method as it would be for this leaf alone, and its fields.
@@ -130,8 +130,10 @@ class SharedEntry(Entry):
             for name, field in fields.items():
                 if name.startswith("codebook"):
                     own[name] = field
+                elif field.shape == self.spec.shape:
+                    own[name] = layout.join(field[part])
                 else:
-                    own[name] = field[part] if name == "codes" else layout.join(field[part])
+                    own[name] = field[part]
             yield leaf, dataclasses.replace(self.quantizer, axis=self.axis), own
 
     def _layouts(self) -> list[BlockLayout]:

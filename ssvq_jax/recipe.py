@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ssvq_jax import quantizers
-from ssvq_jax.quantizers import Quantizer, SignSplit, Uniform, Vector
+from ssvq_jax.quantizers import (
+    Masked,
+    MaskedSignSplit,
+    Quantizer,
+    SignSplit,
+    Uniform,
+    Vector,
+)
 from ssvq_jax.quantizers.base import check_flag, check_integer
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 
@@ -153,13 +160,17 @@ def _transformer(
 
 
 def _convolutional(quantizer: Quantizer) -> Recipe:
-    """Every kernel but those of ends and depthwise convolutions, which are int8; the rest dense."""
+    """Every kernel but those of ends and depthwise convolutions, which are int8; the rest dense.
+
+    MVQ leaves depthwise convolutions alone, as its paper does.
+    """
+    depthwise = None if isinstance(quantizer, Masked) else Uniform(bits=8)
     if isinstance(quantizer, CodebookQuantizer):
         quantizer = dataclasses.replace(quantizer, pad=True)  # any number of channels
     ends = r"(.*/)?(stem|patch_embed|head|classifier)(/.*)?/kernel"
     return (
         Rule(ends, Uniform(bits=8), optional=True),
-        Rule(r".*depthwise.*/kernel", Uniform(bits=8), optional=True),
+        Rule(r".*depthwise.*/kernel", depthwise, optional=True),
         Rule(r".*/kernel", quantizer),
         Rule(r".*", None, optional=True),
     )
@@ -170,12 +181,16 @@ _METHODS: dict[str, Quantizer] = {
     "ssvq-21x": SignSplit(codewords=16, dim=8),
     "ssvq-fixed-21x": SignSplit(codewords=16, dim=8, learn_signs=False),
     "vq-21x": Vector(codewords=64, dim=4),
+    # 2 of 8 weights kept: 5 bits for the choice and 7 for the code; with signs 5, 2 and 5.
+    "mvq-21x": Masked(codewords=128, dim=8, keep=2, group=8),
+    "ssvq-masked-21x": MaskedSignSplit(codewords=32, dim=8, keep=2, group=8),
     # 1.25 bits: 2 + 8 bits for 8 weights, 5 bits for 4.
     "ssvq-26x": SignSplit(codewords=4, dim=8),
     "ssvq-fixed-26x": SignSplit(codewords=4, dim=8, learn_signs=False),
     "vq-26x": Vector(codewords=32, dim=4),
-    "uniform-2bit": Uniform(bits=2),
-    "uniform-8bit": Uniform(bits=8),
+    "mvq-26x": Masked(codewords=32, dim=8, keep=2, group=8),
+    "ssvq-masked-26x": MaskedSignSplit(codewords=8, dim=8, keep=2, group=8),
+    **{f"uniform-{bits}bit": Uniform(bits=bits) for bits in (2, 3, 4, 8)},
 }
 
 # Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …;

@@ -1,5 +1,7 @@
-"""What compression does to a model before any fine-tuning, leaf by leaf."""
+"""What compression does to a model, leaf by leaf: before fine-tuning, and to its gradients."""
 
+from ssvq_jax.analysis.gradient_dominance import Dominance, gradient_dominance
+from ssvq_jax.analysis.gradients import dense_gradients
 from ssvq_jax.analysis.leaves import (
     CodeStatistics,
     LeafReport,
@@ -14,11 +16,14 @@ from ssvq_jax.analysis.sensitivity import Sensitivity, loss_sensitivities
 
 __all__ = [
     "CodeStatistics",
+    "Dominance",
     "LeafReport",
     "Sensitivity",
     "SignStatistics",
     "WeightError",
     "code_statistics",
+    "dense_gradients",
+    "gradient_dominance",
     "leaf_reports",
     "loss_sensitivities",
     "sign_statistics",

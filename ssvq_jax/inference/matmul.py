@@ -17,6 +17,7 @@ from ssvq_jax.inference.tpu_kernel import MOST_PERIOD, tpu_matmul
 from ssvq_jax.inference.tpu_layout import period_of
 from ssvq_jax.quantizers import SignSplit, Uniform, Vector
 from ssvq_jax.quantizers.base import Stream
+from ssvq_jax.quantizers.codebook import CodebookQuantizer
 
 Implementation = Literal["auto", "xla", "pallas"]
 
@@ -224,7 +225,7 @@ def _xla_matmul(x: Float[Array, "m in"], leaf: PackedLeaf) -> Float32[Array, "m 
 
 def _row_by_row(leaf: PackedLeaf) -> bool:
     """Whether all that is stored a sub-vector, a weight or a row is in the order of W's rows."""
-    if isinstance(leaf.quantizer, SignSplit | Vector):
+    if isinstance(leaf.quantizer, CodebookQuantizer):
         return leaf.quantizer.layout(leaf.spec).axis == 1
     return isinstance(leaf.quantizer, Uniform)
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssvq_jax.quantizers.base import Calibration, Encoded, Quantizer, Storage, Stream
+from ssvq_jax.quantizers.masked import Masked, MaskedSignSplit
 from ssvq_jax.quantizers.sign_split import SignSplit
 from ssvq_jax.quantizers.uniform import Uniform
 from ssvq_jax.quantizers.vector import Vector
 
 METHODS: dict[str, type[Quantizer]] = {
-    method.method: method for method in (SignSplit, Uniform, Vector)
+    method.method: method for method in (Masked, MaskedSignSplit, SignSplit, Uniform, Vector)
 }
 
 
@@ -52,6 +53,8 @@ __all__ = [
     "METHODS",
     "Calibration",
     "Encoded",
+    "Masked",
+    "MaskedSignSplit",
     "Quantizer",
     "SignSplit",
     "Storage",

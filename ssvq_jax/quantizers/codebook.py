@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt
+from jaxtyping import Array, Bool, Float, Key, UInt
 
 from ssvq_jax.bitstream import number_dtype
 from ssvq_jax.blocks import BlockLayout, block_layout
@@ -119,6 +119,7 @@ class CodebookQuantizer(Quantizer):
         spec: LeafSpec,
         calibration: Calibration | None,
         scales: Fields,
+        kept: Bool[Array, "n d"] | None = None,
     ) -> tuple[Float[Array, "k d"], UInt[Array, " n"]]:
         """Clusters the sub-vectors of an array of the weight's shape.
 
@@ -131,6 +132,7 @@ class CodebookQuantizer(Quantizer):
             spec: description of the slice.
             calibration: importance of the weight's elements.
             scales: the channel scales from `unscale`.
+            kept: False for what has no part in it, by sub-vector; all have by default.
 
         Returns:
             The codebook (float32) and the codes, which are nearest to the codebook as stored.
@@ -148,16 +150,19 @@ class CodebookQuantizer(Quantizer):
             weights = squared * (jnp.ones_like(values) if weights is None else weights)
         if weights is not None:
             weights = layout.split(weights)
+        mask = layout.real()
+        if kept is not None:
+            mask = kept if mask is None else kept & mask
         result = kmeans(
             key,
             points,
             self.codewords,
             iterations=self.iterations,
             weights=weights,
-            mask=layout.real(),
+            mask=mask,
         )
         stored = self.stored_codebook(result.centroids)
-        codes = assign(points, stored, weights=weights, mask=layout.real())
+        codes = assign(points, stored, weights=weights, mask=mask)
         return result.centroids, codes.astype(number_dtype(self.code_width))
 
     def stored_codebook(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax import LeafSpec, Rule, SignSplit, Uniform, Vector, load, make_plan, save
+from ssvq_jax import (
+    LeafSpec,
+    Masked,
+    MaskedSignSplit,
+    Rule,
+    SignSplit,
+    Uniform,
+    Vector,
+    load,
+    make_plan,
+    save,
+)
 from ssvq_jax.quantizers import METHODS, Calibration, from_json, to_json
 from ssvq_jax.quantizers.streams import (
     decode_streams,
@@ -36,6 +47,17 @@ CASES = {
     ),
     "sign split, bfloat16 latents": SignSplit(
         codewords=4, dim=8, iterations=5, latent_dtype="bfloat16"
+    ),
+    "masked 2:4": Masked(codewords=8, dim=4, keep=2, group=4, iterations=5),
+    "masked 3:4, two groups, padded": Masked(
+        codewords=8, dim=8, keep=3, group=4, pad=True, iterations=5
+    ),
+    "masked 1:2, axis -2, scaled": Masked(
+        codewords=8, dim=2, keep=1, group=2, axis=-2, channel_scale=True, iterations=5
+    ),
+    "masked sign split": MaskedSignSplit(codewords=8, dim=8, keep=3, group=8, iterations=5),
+    "masked sign split fixed, padded": MaskedSignSplit(
+        codewords=4, dim=10, keep=3, group=5, pad=True, learn_signs=False, iterations=5
     ),
     "uniform 2 bit": Uniform(bits=2),
     "uniform 4 bit, axes as in Equinox": Uniform(bits=4, channel_axis=0),

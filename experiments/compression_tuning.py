@@ -1,0 +1,153 @@
+"""Random search for the learning rates and thresholds of `compression_curve`, on validation data.
+
+    python experiments/compression_tuning.py --data-dir DIR
+
+Every method of a network gets the same number of draws, from the same ranges, with one seed that no
+reported run has, at 1.25 bits a weight (uniform: 2 bits) and at full length; the least validation
+loss wins and is used at every rate. The test split is not read. About 3 minutes a draw on one core;
+a stop costs one draw, the same command goes on.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tyro
+from protocol import METHODS, NETWORKS, run_method
+from units import Options, Results, Unit, work
+
+from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
+
+NAME = "compression_tuning"
+TUNED_AT = {"uniform": 2.0}  # else 1.25 bits a weight
+RATES = {
+    "dense": (1e-4, 3e-3),
+    "codebook": (3e-4, 1e-2),
+    "sign": (1e-4, 3e-3),
+    "latent": (1e-4, 3e-3),
+}
+USED = {
+    "uniform": ("dense", "latent"),
+    "vq": ("dense", "codebook"),
+    "mvq": ("dense", "codebook"),
+    "ssvq-fixed": ("dense", "codebook"),
+    "ssvq": ("dense", "codebook", "sign"),
+    "ssvq-freeze": ("dense", "codebook", "sign"),
+    "ssvq-masked": ("dense", "codebook", "sign"),
+}
+FREEZING = ("ssvq-freeze", "ssvq-masked")
+THRESHOLDS = ((0.2, 0.05), (0.1, 0.02), (0.05, 0.01))
+SEED = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Settings of the search.
+
+    Attributes:
+        models: networks to search for.
+        methods: methods to search for.
+        trials: draws a method.
+    """
+
+    models: tuple[str, ...] = ("vit_cifar", "resnet20_cifar")
+    methods: tuple[str, ...] = tuple(USED)
+    trials: int = 8
+    seeds: tuple[int, ...] = (SEED,)
+
+
+def draw(method: str, trial: int) -> OptimizerConfig:
+    """One configuration, log-uniform in the ranges; a function of its arguments alone.
+
+    A trial has the same rates for all methods, as far as they have them.
+    """
+    generator = np.random.default_rng([trial, SEED])
+    rates: dict[str, Any] = {}
+    for name, bounds in RATES.items():
+        low, high = np.log(bounds)
+        rate = float(f"{np.exp(generator.uniform(low, high)):.2g}")
+        if name in USED[method]:
+            rates[name] = rate
+    freeze = None
+    start, end = THRESHOLDS[generator.integers(len(THRESHOLDS))]
+    if method in FREEZING:
+        freeze = FreezeConfig(every=50, start=start, end=end, momentum=0.02)
+    return OptimizerConfig(**rates, freeze=freeze)
+
+
+def units(config: Config) -> list[Unit]:
+    """All draws; first the first ones of every method."""
+
+    def unit(model: str, method: str, trial: int, seed: int) -> Unit:
+        network, optimizer = NETWORKS[model], draw(method, trial)
+        quantizer = METHODS[method][TUNED_AT.get(method, 1.25)]
+        settings = {
+            "model": model,
+            "method": method,
+            "bits": TUNED_AT.get(method, 1.25),
+            "trial": trial,
+            "seed": seed,
+            "steps": network.steps,
+            "batch_size": network.batch_size,
+            "optimizer": dataclasses.asdict(optimizer),
+        }
+        name = f"{model} {method} trial {trial} seed {seed}"
+
+        def run() -> dict[str, Any]:
+            row, _ = run_method(
+                network, quantizer, optimizer, seed,
+                data_dir=config.data_dir, test=False, name=name,
+            )  # fmt: skip
+            return row
+
+        return Unit(name, settings, run)
+
+    return [
+        unit(model, method, trial, seed)
+        for model in config.models
+        for trial in range(config.trials)
+        for method in config.methods
+        for seed in config.seeds
+    ]
+
+
+def ranking(rows: list[dict[str, Any]], model: str, method: str) -> list[dict[str, Any]]:
+    """The draws of a method, best first."""
+    own = [r for r in rows if (r["settings"]["model"], r["settings"]["method"]) == (model, method)]
+    return sorted(own, key=lambda row: row["loss_validation"])
+
+
+def tuned(results: Results, model: str, method: str) -> OptimizerConfig:
+    """What the search chose.
+
+    Raises:
+        SystemExit: if it was not run.
+    """
+    found = ranking(results.rows(), model, method)
+    if not found:
+        raise SystemExit(
+            f"{results.file} has no draws of '{method}' for '{model}': run "
+            "experiments/compression_tuning.py first"
+        )
+    best = dict(found[0]["settings"]["optimizer"])
+    freeze = best.pop("freeze")
+    return OptimizerConfig(**best, freeze=freeze and FreezeConfig(**freeze))
+
+
+def main(config: Config) -> None:
+    results = config.results(NAME)
+    rows = work(units(config), results, config)
+    for model in config.models:
+        for method in config.methods:
+            for row in ranking(rows, model, method):
+                told = row["settings"]["optimizer"]
+                chosen = {name: told[name] for name in USED[method]}
+                print(
+                    f"{model} {method:12} trial {row['settings']['trial']:2} "
+                    f"loss {row['loss_validation']:.4f} "
+                    f"accuracy {100 * row['accuracy_validation']:.2f} {chosen}"
+                )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
