@@ -47,8 +47,11 @@ class Options:
 
     def results(self, name: str) -> "Results":
         """The results of an experiment, by its name."""
-        folder = QUICK if self.quick else RESULTS
-        return Results(self.out or folder / f"{name}.json", ROOT / "runs" / "units" / name)
+        if self.out is not None:
+            return Results(self.out, self.out.with_suffix(".units"))
+        if self.quick:
+            return Results(QUICK / f"{name}.json", QUICK / "units" / name)
+        return Results(RESULTS / f"{name}.json", ROOT / "runs" / "units" / name)
 
 
 @dataclasses.dataclass(frozen=True)

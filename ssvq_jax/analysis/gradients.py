@@ -23,7 +23,7 @@ def dense_gradients(
     """Calculates the mean gradient of a loss over batches.
 
     Args:
-        loss: of parameters and a batch; what it computes is compiled.
+        loss: of parameters and a batch; compiled once for each function.
         params: tree of float arrays, e.g. ``plan.decode(variables)``.
         batches: every one counts alike, so they should be of one size.
 
@@ -39,18 +39,21 @@ def dense_gradients(
         [0.5, 0.5]
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def add(total: PyTree, params: PyTree, batch: Any) -> PyTree:
-        gradients = jax.grad(loss)(params, batch)
-        return jax.tree.map(lambda x, g: x + g.astype(jnp.float32), total, gradients)
-
     total, count = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), 0
     for batch in batches:
-        total = add(total, params, batch)
+        total = _add(loss, total, params, batch)
         count += 1
     if not count:
         raise ValueError("there are no batches to take gradients of: give at least one")
     return jax.tree.map(lambda x: x / count, total)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add(
+    loss: Callable[[PyTree, Any], Float[Array, ""]], total: PyTree, params: PyTree, batch: Any
+) -> PyTree:
+    gradients = jax.grad(loss)(params, batch)
+    return jax.tree.map(lambda x, g: x + g.astype(jnp.float32), total, gradients)
 
 
 def member_gradients(

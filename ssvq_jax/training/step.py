@@ -201,8 +201,8 @@ def make_train_step(
         A `TrainStep`: a function of a state, whose buffers it takes over (they are donated), and a
         batch ``{"image": [b, h, w, c], "label": int32 [b]}``, with ``other_label`` and ``share`` if
         its images are mixed; it returns the next state and scalars: loss, accuracy (of mixed images
-        the expected one), the parts of the loss where there is a teacher, and with sign latents the
-        shares ``flipped`` (at least once) and ``frozen``. Without a teacher it is a jitted function
+        the expected one), the parts of the loss where there is a teacher, and with sign latents
+        those of `sign_shares`. Without a teacher it is a jitted function
         that can be lowered.
 
     Raises:
@@ -288,13 +288,16 @@ def _accuracy(logits: Float[Array, "b *places classes"], batch: Batch) -> Float[
 
 
 def sign_shares(opt_state: optax.OptState) -> dict[str, Array]:
-    """Shares of signs that have ``flipped`` at least once, and that are ``frozen``.
+    """How the signs are: shares that have ``flipped`` at least once and that are ``frozen``.
+
+    ``oscillation`` is the mean of the signs' averaged oscillation frequencies: the share of signs
+    that went back on their last flip, an update.
 
     Args:
         opt_state: state of an optimizer that has `freeze_signs` at most once, however nested.
 
     Returns:
-        The two scalars; empty without `freeze_signs` or sign latents.
+        The three scalars; empty without `freeze_signs` or sign latents.
     """
     found = freeze_state(opt_state)
     if found is None or not found.frozen:
@@ -302,4 +305,6 @@ def sign_shares(opt_state: optax.OptState) -> dict[str, Array]:
     total = sum(mask.size for mask in found.frozen.values())
     flipped = sum(jnp.sum(f >= 0) for f in found.frequency.values())
     frozen = sum(jnp.sum(mask) for mask in found.frozen.values())
-    return {"flipped": jnp.asarray(flipped) / total, "frozen": jnp.asarray(frozen) / total}
+    oscillation = sum(jnp.sum(jnp.maximum(f, 0.0)) for f in found.frequency.values())
+    sums = {"flipped": flipped, "frozen": frozen, "oscillation": oscillation}
+    return {name: jnp.asarray(value) / total for name, value in sums.items()}

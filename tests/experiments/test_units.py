@@ -1,0 +1,78 @@
+"""Units of experiments: each is run once, and a stop costs one."""
+
+import json
+import math
+
+import pytest
+from units import Options, Results, Unit, work
+
+
+def unit(name, found, settings=None, rows=None):
+    def run():
+        if rows is not None:
+            rows.append(name)
+        if isinstance(found, BaseException):
+            raise found
+        return {"value": found}
+
+    return Unit(name, settings or {"name": name, "rates": (1.0, 2.0)}, run)
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path / "found.json", tmp_path / "units")
+
+
+def test_units_are_run_once_and_rows_come_in_their_order(results, capsys):
+    ran = []
+    units = [unit("b", 1, rows=ran), unit("a", 2, rows=ran)]
+    found = work(units, results, Options())
+    assert [row["value"] for row in found] == [1, 2]
+    assert work(units, results, Options()) == found
+    assert ran == ["b", "a"]
+    assert "2 of 2 units are done" in capsys.readouterr().out
+    assert {"settings", "seconds", "commit", "versions"} < set(found[0])
+
+
+def test_a_stop_costs_one_unit(results):
+    units = [unit("a", 1), unit("b", KeyboardInterrupt())]
+    with pytest.raises(KeyboardInterrupt):
+        work(units, results, Options())
+    assert [row["unit"] for row in results.rows()] == ["a"]
+
+
+def test_other_settings_are_another_unit(results):
+    work([unit("a", 1, {"steps": 10})], results, Options())
+    assert results.find(unit("a", 1, {"steps": 20})) is None
+    (row,) = work([unit("a", 5, {"steps": 20})], results, Options())
+    assert row["value"] == 5
+    assert len(results.rows()) == 1
+
+
+def test_parts_share_the_units_and_lose_none(results):
+    units = [unit(str(i), i) for i in range(5)]
+    first = work(units, results, Options(part="1/2"))
+    assert [row["unit"] for row in first] == ["0", "2", "4"]
+    # Written by the other process meanwhile, but not yet in the common file.
+    results.file.write_text('{"rows": []}')
+    assert [row["value"] for row in work(units, results, Options(part="2/2"))] == [0, 1, 2, 3, 4]
+    assert [row["unit"] for row in json.loads(results.file.read_text())["rows"]] == list("01234")
+
+
+def test_no_unit_begins_after_the_hours(results, capsys):
+    assert work([unit("a", 1), unit("b", 2)], results, Options(hours=-1.0)) == []
+    assert "2 units are left" in capsys.readouterr().out
+    assert Options().hours == math.inf
+
+
+def test_rows_of_a_file_that_was_cloned_count_as_done(results):
+    work([unit("a", 1)], results, Options())
+    for file in results.folder.iterdir():
+        file.unlink()
+    assert results.find(unit("a", 1)) is not None
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_part_that_is_none(results, part):
+    with pytest.raises(SystemExit, match="give e.g. 1/2"):
+        work([], results, Options(part=part))
