@@ -1,8 +1,8 @@
-"""Random search for the learning rates and thresholds of `compression_curve`, on validation data.
+"""Search for the learning rates and thresholds of `compression_curve`, on validation data.
 
     python experiments/compression_tuning.py --data-dir DIR
 
-Every method of a network gets the same number of draws, from the same ranges, with one seed that no
+Every method of a network gets the same draws, from the same ranges, with one seed that no
 reported run has, at 1.25 bits a weight (uniform: 2 bits) and at full length; the least validation
 loss wins and is used at every rate. The test split is not read. About 3 minutes a draw on one core;
 a stop costs one draw, the same command goes on.
@@ -21,7 +21,7 @@ from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
 NAME = "compression_tuning"
 TUNED_AT = {"uniform": 2.0}  # else 1.25 bits a weight
 RATES = {
-    "dense": (1e-4, 3e-3),
+    "dense": (3e-4, 1e-2),
     "codebook": (3e-4, 1e-2),
     "sign": (1e-4, 3e-3),
     "latent": (1e-4, 3e-3),
@@ -38,6 +38,7 @@ USED = {
 FREEZING = ("ssvq-freeze", "ssvq-masked")
 THRESHOLDS = ((0.2, 0.05), (0.1, 0.02), (0.05, 0.01))
 SEED = 100
+TRIALS = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,25 +53,28 @@ class Config(Options):
 
     models: tuple[str, ...] = ("vit_cifar", "resnet20_cifar")
     methods: tuple[str, ...] = tuple(USED)
-    trials: int = 8
+    trials: int = TRIALS
     seeds: tuple[int, ...] = (SEED,)
 
 
-def draw(method: str, trial: int) -> OptimizerConfig:
-    """One configuration, log-uniform in the ranges; a function of its arguments alone.
+def draw(method: str, trial: int, trials: int = TRIALS) -> OptimizerConfig:
+    """One configuration; a function of its arguments alone.
 
-    A trial has the same rates for all methods, as far as they have them.
+    A Latin hypercube: each rate has one draw in every ``trials``-th part of its range, in the
+    logarithm, and each choice of thresholds comes as often as the others. A trial has the same
+    rates for all methods, as far as they have them.
     """
-    generator = np.random.default_rng([trial, SEED])
     rates: dict[str, Any] = {}
     for name, bounds in RATES.items():
+        generator = np.random.default_rng([SEED, *name.encode()])
+        places = (generator.permutation(trials) + generator.uniform(size=trials)) / trials
         low, high = np.log(bounds)
-        rate = float(f"{np.exp(generator.uniform(low, high)):.2g}")
         if name in USED[method]:
-            rates[name] = rate
+            rates[name] = float(f"{np.exp(low + places[trial] * (high - low)):.2g}")
     freeze = None
-    start, end = THRESHOLDS[generator.integers(len(THRESHOLDS))]
     if method in FREEZING:
+        order = np.random.default_rng(SEED).permutation(trials)
+        start, end = THRESHOLDS[order[trial] % len(THRESHOLDS)]
         freeze = FreezeConfig(every=50, start=start, end=end, momentum=0.02)
     return OptimizerConfig(**rates, freeze=freeze)
 
@@ -79,13 +83,14 @@ def units(config: Config) -> list[Unit]:
     """All draws; first the first ones of every method."""
 
     def unit(model: str, method: str, trial: int, seed: int) -> Unit:
-        network, optimizer = NETWORKS[model], draw(method, trial)
+        network, optimizer = NETWORKS[model], draw(method, trial, config.trials)
         quantizer = METHODS[method][TUNED_AT.get(method, 1.25)]
         settings = {
             "model": model,
             "method": method,
             "bits": TUNED_AT.get(method, 1.25),
             "trial": trial,
+            "trials": config.trials,
             "seed": seed,
             "steps": network.steps,
             "batch_size": network.batch_size,
