@@ -4,7 +4,7 @@
 
 Every method of a network gets the same draws, from the same ranges, with one seed that no
 reported run has, at 1.25 bits a weight (uniform: 2 bits) and at full length; the least validation
-loss wins and is used at every rate. The test split is not read. About 3 minutes a draw on one core;
+loss wins and is used at every rate. The test split is not read. About 2 minutes a draw on one core;
 a stop costs one draw, the same command goes on.
 """
 

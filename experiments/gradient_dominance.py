@@ -4,7 +4,7 @@
     python experiments/gradient_dominance.py --quick            # embedded digits
 
 The paper's first table, on the networks of `compression_curve` at 1.5 bits a weight: VQ against
-SSVQ, before and after fine-tuning. Each figure is a mean over eight batches of 64 images, weighted
+SSVQ, before and after fine-tuning. Each figure is a mean over eight training batches, weighted
 by the members of the codewords; the definitions are those of `ssvq_jax.analysis`. Writes
 experiments/results/gradient_dominance.json and from it the table of docs/results.md. The paper
 reports cosines of 0.66 with the top 5 % and 0.26 with the bottom 60 % (VQ of MobileNet-V2; its

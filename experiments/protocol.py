@@ -52,7 +52,7 @@ class Network:
     shares: Mapping[str, str]
     ends: str
     steps: int = 1000
-    batch_size: int = 64
+    batch_size: int = 32
 
 
 _CIFAR = data.ImageData("cifar10", augment="cifar", normalization="cifar10")
