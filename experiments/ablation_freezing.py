@@ -18,7 +18,8 @@ from typing import Any
 import tyro
 from compression_tuning import NAME as TUNING
 from compression_tuning import draw, tuned
-from protocol import METHODS, NETWORKS, SIGN_FIGURES, baseline, quick_baseline, run_method
+from methods import METHODS
+from protocol import NETWORKS, SIGN_FIGURES, baseline, quick_baseline, run_method
 from tables import Rows, differences, percent, publish, select, signed
 from units import PAGE, Options, Unit, work
 

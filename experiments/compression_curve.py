@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 from compression_tuning import NAME as TUNING
 from compression_tuning import draw, tuned
+from methods import METHODS
 from protocol import (
-    METHODS,
     NETWORKS,
     Network,
     baseline,

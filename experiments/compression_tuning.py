@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from protocol import METHODS, NETWORKS, run_method
+from methods import METHODS
+from protocol import NETWORKS, run_method
 from units import Options, Results, Unit, work
 
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig

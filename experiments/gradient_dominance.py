@@ -22,8 +22,8 @@ import tyro
 from compression_tuning import NAME as TUNING
 from compression_tuning import draw, tuned
 from jaxtyping import Array, Float
+from methods import METHODS
 from protocol import (
-    METHODS,
     NETWORKS,
     Network,
     baseline,

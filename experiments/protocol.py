@@ -88,31 +88,6 @@ NETWORKS: Mapping[str, Network] = {
     ),
 }
 
-# Nominal bits a weight, without codebooks: codes, signs, choices of kept weights.
-VECTOR = {1.125: (512, 8), 1.25: (32, 4), 1.5: (64, 4), 2.0: (256, 4), 3.0: (64, 2)}
-SIGN_SPLIT = {1.125: (2, 8), 1.25: (4, 8), 1.5: (16, 8), 2.0: (256, 8), 3.0: (256, 4)}
-MASKED = {  # codewords, dim, N, M
-    1.125: (16, 8, 2, 8),
-    1.25: (32, 8, 2, 8),
-    1.5: (128, 8, 2, 8),
-    2.0: (32, 4, 2, 4),
-    3.0: (512, 4, 2, 4),
-}
-MASKED_SIGN_SPLIT = {1.25: (8, 8, 2, 8), 1.5: (32, 8, 2, 8), 2.0: (8, 4, 2, 4)}
-METHODS: Mapping[str, Mapping[float, Quantizer]] = {
-    "uniform": {float(bits): ssvq.Uniform(bits=bits) for bits in (2, 3, 4, 8)},
-    "vq": {bits: ssvq.Vector(*sizes) for bits, sizes in VECTOR.items()},
-    "mvq": {bits: ssvq.Masked(k, d, keep=n, group=m) for bits, (k, d, n, m) in MASKED.items()},
-    "ssvq-fixed": {
-        bits: ssvq.SignSplit(*sizes, learn_signs=False) for bits, sizes in SIGN_SPLIT.items()
-    },
-    "ssvq": {bits: ssvq.SignSplit(*sizes) for bits, sizes in SIGN_SPLIT.items()},
-    "ssvq-freeze": {bits: ssvq.SignSplit(*sizes) for bits, sizes in SIGN_SPLIT.items()},
-    "ssvq-masked": {
-        bits: ssvq.MaskedSignSplit(k, d, keep=n, group=m)
-        for bits, (k, d, n, m) in MASKED_SIGN_SPLIT.items()
-    },
-}
 # Numbers of a codebook above which there is one for all kernels: with 512 rows of 8 for each kind
 # of kernel, VQ at 1.125 bits would have a tenth more.
 _ONE_CODEBOOK = 128 * 8

@@ -9,7 +9,8 @@ from ablation_freezing import TUNED, variants
 from ablation_freezing import tables as ablation_tables
 from compression_curve import LABELS, rates, tables
 from compression_tuning import RATES, TRIALS, USED, draw, ranking
-from protocol import METHODS, NETWORKS, plan_of, run_method
+from methods import METHODS
+from protocol import NETWORKS, plan_of, run_method
 from tables import differences, mean_and_deviation, percent, signed
 
 from ssvq_jax.models import create, param_shapes
