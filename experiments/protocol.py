@@ -187,7 +187,7 @@ def run_method(
         "bits_per_weight": bits.main.bits_per_weight,
         "compression_ratio": bits.main.compression_ratio,
         "stored_bytes": bits.stored_bytes,
-        "stored_ratio": 4 * bits.model.weights / bits.stored_bytes,
+        "stored_ratio": bits.file_ratio,
         "accuracy_before": done.before.accuracy,
         "accuracy_validation": done.after.accuracy,
         "loss_validation": done.after.loss,

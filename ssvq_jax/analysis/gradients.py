@@ -38,7 +38,6 @@ def dense_gradients(
         >>> gradients.tolist()
         [0.5, 0.5]
     """
-
     total, count = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), 0
     for batch in batches:
         total = _add(loss, total, params, batch)
