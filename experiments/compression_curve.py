@@ -4,10 +4,10 @@
     python experiments/compression_curve.py --quick         # embedded digits, minutes
 
 Learning rates are those that `compression_tuning` chose for each method. Every row is a float
-network of experiments/baselines compressed and fine-tuned for 1,000 updates of 32 images; its
-accuracy on the test split is read once. About 2 minutes a row on one core; run two halves side by
-side with --part 1/2 and --part 2/2. Writes experiments/results/compression_curve.json, and from it
-the tables and pictures of docs/results.md (--only-report writes these alone).
+network of experiments/baselines compressed and fine-tuned for 3,000 updates of 32 images; its
+accuracy on the test split is read once. One to five minutes a row on one core; run two halves side
+by side with --part 1/2 and --part 2/2. Writes experiments/results/compression_curve.json, and from
+it the tables and pictures of docs/results.md (--only-report writes these alone).
 Expected: learned signs above fixed signs and VQ, more so the fewer the bits.
 """
 

@@ -51,7 +51,7 @@ class Network:
     splits: tuple[str, str, str]
     shares: Mapping[str, str]
     ends: str
-    steps: int = 1000
+    steps: int = 3000
     batch_size: int = 32
 
 
