@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,35 +83,32 @@ class Results:
     folder: Path
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, by unit."""
-        rows = {}
-        if self.file.exists():
-            rows = {row["unit"]: row for row in json.loads(self.file.read_text())["rows"]}
-        return [rows[name] for name in sorted(rows)]
+        """All rows of the file, by unit."""
+        return json.loads(self.file.read_text())["rows"] if self.file.exists() else []
 
     def find(self, unit: Unit) -> dict[str, Any] | None:
         """The row of a unit, if it was run with these settings."""
-        wanted = _plain(unit.settings)
-        rows = {row["unit"]: row for row in self.rows()}
-        own = self._own(unit.name)
-        if own.exists():
-            rows[unit.name] = json.loads(own.read_text())
-        row = rows.get(unit.name)
-        return row if row is not None and row["settings"] == wanted else None
+        row = self._all().get(unit.name)
+        return row if row is not None and row["settings"] == _plain(unit.settings) else None
 
     def add(self, unit: Unit, row: Mapping[str, Any]) -> None:
-        """Writes a unit's row, and all rows that this checkout has."""
+        """Writes a unit's row, with all rows that other processes have written meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        told: dict[str, Any] = {"unit": unit.name, **row, "settings": _plain(unit.settings)}
+        written = datetime.now(UTC).isoformat(timespec="milliseconds")
+        told = {"unit": unit.name, **row, "settings": _plain(unit.settings), "written": written}
         replace_text(self._own(unit.name), json.dumps(told))
-        # With what other processes have written meanwhile.
-        rows: dict[str, Any] = {row["unit"]: row for row in self.rows()}
-        for file in sorted(self.folder.glob("*.json")):
-            row = json.loads(file.read_text())
-            rows[row["unit"]] = row
+        rows = self._all()
         text = ",\n".join(" " + json.dumps(rows[name]) for name in sorted(rows))
         replace_text(self.file, f'{{"rows": [\n{text}\n]}}\n')
+
+    def _all(self) -> dict[str, dict[str, Any]]:
+        """The latest row of every unit."""
+        found: dict[str, dict[str, Any]] = {}
+        own = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
+        for row in sorted([*self.rows(), *own], key=lambda row: row["written"]):
+            found[row["unit"]] = row
+        return found
 
     def _own(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '_').replace('/', '_')}.json"

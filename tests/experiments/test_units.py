@@ -72,6 +72,16 @@ def test_rows_of_a_file_that_was_cloned_count_as_done(results):
     assert results.find(unit("a", 1)) is not None
 
 
+def test_the_latest_row_of_a_unit_counts(results):
+    work([unit("a", 1, {"steps": 10})], results, Options())
+    older = results.file.read_text()
+    work([unit("a", 2, {"steps": 20})], results, Options())
+    results.file.write_text(older)  # another process, which had read it before
+    assert results.find(unit("a", 1, {"steps": 10})) is None
+    work([unit("b", 3)], results, Options())
+    assert [row["value"] for row in results.rows()] == [2, 3]
+
+
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_a_part_that_is_none(results, part):
     with pytest.raises(SystemExit, match="give e.g. 1/2"):

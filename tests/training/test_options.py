@@ -126,7 +126,8 @@ def test_shares_are_found_wherever_freezing_is_nested():
     plain = make_optimizer(plan, 10, FAST)
     nested = optax.chain(optax.MultiSteps(plain, 2).gradient_transformation(), optax.identity())
     shares = sign_shares(nested.init(state.params))
-    assert {name: float(share) for name, share in shares.items()} == {"flipped": 0, "frozen": 0}
+    none = {"flipped": 0, "frozen": 0, "oscillation": 0}
+    assert {name: float(share) for name, share in shares.items()} == none
     assert sign_shares(optax.adam(0.1).init(state.params)) == {}
 
 
@@ -346,3 +347,16 @@ def test_sgd_is_pytorchs(dtype):
     np.testing.assert_allclose(
         learned["params"]["w"], weight.detach().numpy(), rtol=tolerance, atol=tolerance
     )
+
+
+def test_oscillation_is_the_mean_frequency_of_signs_that_go_back():
+    # Of four signs one flips three times: the first starts its average, the others raise it.
+    params = {"w": {"sign_latent": jnp.array([0.5, 0.5, 0.5, 0.5])}}
+    tx = ssvq.freeze_signs(optax.sgd(1.0), every=100, threshold=1.0, momentum=0.5)
+    state = tx.init(params)
+    for step, mean in enumerate((0.0, 0.5 / 4, 0.75 / 4)):
+        gradient = jnp.array([(-1.0) ** step, 0.0, 0.0, 0.0])
+        updates, state = tx.update({"w": {"sign_latent": gradient}}, state, params)
+        params = optax.apply_updates(params, updates)
+        assert float(sign_shares(state)["oscillation"]) == mean
+        assert float(sign_shares(state)["flipped"]) == 0.25
