@@ -24,6 +24,7 @@ from tables import Rows, differences, percent, publish, select, signed
 from units import PAGE, Options, Unit, work
 
 import ssvq_jax as ssvq
+from ssvq_jax.quantizers import to_json
 from ssvq_jax.report.pages import markdown_table
 from ssvq_jax.report.plots import new_figure
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
@@ -91,6 +92,7 @@ def units(config: Config) -> list[Unit]:
         settings = {
             **told,
             "alpha": alpha,
+            "quantizer": to_json(quantizer),
             "steps": network.steps,
             "batch_size": network.batch_size,
             "optimizer": dataclasses.asdict(optimizer),

@@ -32,6 +32,7 @@ from protocol import (
 from tables import Rows, differences, percent, publish, select, signed
 from units import PAGE, Options, Unit, work
 
+from ssvq_jax.quantizers import to_json
 from ssvq_jax.report.pages import markdown_table
 from ssvq_jax.report.plots import new_figure
 from ssvq_jax.training.optimizer import OptimizerConfig
@@ -106,6 +107,7 @@ def unit(
     name = f"{network.model} {method} {bits:g} bits seed {seed}"
     settings = {
         **told,
+        "quantizer": to_json(METHODS[method][bits]),
         "steps": network.steps,
         "batch_size": network.batch_size,
         "optimizer": dataclasses.asdict(optimizer),

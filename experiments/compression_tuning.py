@@ -17,6 +17,7 @@ from methods import METHODS
 from protocol import NETWORKS, run_method
 from units import Options, Results, Unit, work
 
+from ssvq_jax.quantizers import to_json
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
 
 NAME = "compression_tuning"
@@ -95,6 +96,7 @@ def units(config: Config) -> list[Unit]:
             "trial": trial,
             "trials": config.trials,
             "seed": seed,
+            "quantizer": to_json(quantizer),
             "steps": network.steps,
             "batch_size": network.batch_size,
             "optimizer": dataclasses.asdict(optimizer),

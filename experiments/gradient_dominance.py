@@ -37,6 +37,7 @@ from units import PAGE, Options, Unit, work
 
 from ssvq_jax.analysis import dense_gradients, gradient_dominance
 from ssvq_jax.plan import Plan
+from ssvq_jax.quantizers import to_json
 from ssvq_jax.report.pages import markdown_table
 from ssvq_jax.training.optimizer import OptimizerConfig
 from ssvq_jax.training.run import Task
@@ -94,6 +95,7 @@ def unit(
     told = {"model": network.model, "method": method, "bits": bits, "seed": seed}
     settings = {
         **told,
+        "quantizer": to_json(quantizer),
         "steps": network.steps,
         "batch_size": network.batch_size,
         "optimizer": dataclasses.asdict(optimizer),

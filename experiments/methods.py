@@ -12,10 +12,11 @@ from ssvq_jax.quantizers import Quantizer
 # Codewords and dimension.
 VECTOR = {1.125: (512, 8), 1.25: (32, 4), 1.5: (64, 4), 2.0: (256, 4), 3.0: (64, 2)}
 SIGN_SPLIT = {1.125: (2, 8), 1.25: (4, 8), 1.5: (16, 8), 2.0: (256, 8), 3.0: (256, 4)}
-MASKED = {  # codewords, dim, N, M
+# Codewords, dimension, N and M: those of least error before training, of what has equal bits.
+MASKED = {
     1.125: (16, 8, 2, 8),
     1.25: (32, 8, 2, 8),
-    1.5: (128, 8, 2, 8),
+    1.5: (64, 8, 3, 8),
     2.0: (32, 4, 2, 4),
     3.0: (512, 4, 2, 4),
 }

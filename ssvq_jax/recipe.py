@@ -181,8 +181,8 @@ _METHODS: dict[str, Quantizer] = {
     "ssvq-21x": SignSplit(codewords=16, dim=8),
     "ssvq-fixed-21x": SignSplit(codewords=16, dim=8, learn_signs=False),
     "vq-21x": Vector(codewords=64, dim=4),
-    # 2 of 8 weights kept: 5 bits for the choice and 7 for the code; with signs 5, 2 and 5.
-    "mvq-21x": Masked(codewords=128, dim=8, keep=2, group=8),
+    # Of 8 weights, 3 are kept: 6 bits for the choice and 6 for the code. With signs, 2: 5, 5 and 2.
+    "mvq-21x": Masked(codewords=64, dim=8, keep=3, group=8),
     "ssvq-masked-21x": MaskedSignSplit(codewords=32, dim=8, keep=2, group=8),
     # 1.25 bits: 2 + 8 bits for 8 weights, 5 bits for 4.
     "ssvq-26x": SignSplit(codewords=4, dim=8),

@@ -40,9 +40,9 @@ class Masked(CodebookQuantizer):
 
     method: ClassVar[str] = "masked"
 
-    codewords: int = 128
+    codewords: int = 64
     dim: int = 8
-    keep: int = 2
+    keep: int = 3
     group: int = 8
 
     def __post_init__(self) -> None:
