@@ -153,7 +153,6 @@ def plot(rows: Rows, file: Path) -> None:
     axes.set(
         xlabel="update",
         ylabel="share of signs, % (dashed: frozen)",
-        yscale="symlog",
         title="Oscillating and frozen signs",
     )
     axes.set_yscale("symlog", linthresh=0.01)
