@@ -102,3 +102,18 @@ def test_classes_can_be_chosen():
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_stem_halves_the_image_before_it_is_cut_into_patches():
+    sizes = {"image_size": 16, "width": 8, "depth": 1, "heads": 2, "classes": 3}
+    model = ViT(ViTConfig(patch_size=8, stem=(4, 6), **sizes))
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), "float32")
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    params = variables["params"]
+    assert logits.shape == (2, 3)
+    assert params["stem_0"]["kernel"].shape == (3, 3, 3, 4)
+    assert params["stem_1"]["kernel"].shape == (3, 3, 4, 6)
+    assert params["patch_embed"]["kernel"].shape == (2, 2, 6, 8)  # of 4 x 4 features
+    assert params["pos_embed"].shape == (1, 1 + 4, 8)
+    with pytest.raises(ValueError, match="patch_size=4 is not 3 times even"):
+        ViTConfig(patch_size=4, stem=(4, 4, 4), **sizes)
