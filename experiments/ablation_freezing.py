@@ -20,8 +20,8 @@ from compression_tuning import NAME as TUNING
 from compression_tuning import draw, tuned
 from methods import METHODS
 from protocol import NETWORKS, SIGN_FIGURES, baseline, quick_baseline, run_method
-from tables import Rows, differences, percent, publish, select, signed
-from units import PAGE, Options, Unit, work
+from tables import Rows, differences, percent, select, signed
+from units import Options, Unit, conduct
 
 import ssvq_jax as ssvq
 from ssvq_jax.quantizers import to_json
@@ -139,7 +139,7 @@ def tables(rows: Rows) -> dict[str, str]:
     return {"ablation_freezing table": markdown_table(columns, cells)}
 
 
-def plot(rows: Rows, file: Path) -> None:
+def plot(rows: Rows, folder: Path) -> None:
     """Draws how many signs oscillate and are frozen over the run, of the first seed's rows."""
     figure, axes = new_figure()
     shown = (TUNED, "no freezing", "every 250 updates", "to the sign of an average", "alpha 0.5")
@@ -158,27 +158,8 @@ def plot(rows: Rows, file: Path) -> None:
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
-    figure.savefig(file)
-
-
-def report(rows: Rows) -> None:
-    """Writes the table and picture of the page."""
-    publish(tables(rows), PAGE)
-    plot(rows, PAGE.with_name("ablation_freezing.png"))
-
-
-def main(config: Config) -> None:
-    results = config.results(NAME)
-    if config.only_report:
-        report(results.rows())
-        return
-    rows = work(units(config), results, config)
-    if config.quick:
-        print(tables(rows)["ablation_freezing table"])
-        plot(rows, results.file.with_suffix(".png"))
-    else:
-        report(rows)
+    figure.savefig(folder / f"{NAME}.png")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    conduct(NAME, units, tables, plot, tyro.cli(Config))

@@ -4,10 +4,11 @@
     python experiments/compression_curve.py --quick         # embedded digits, minutes
 
 Learning rates are those that `compression_tuning` chose for each method. Every row is a float
-network of experiments/baselines compressed and fine-tuned for 3,000 updates of 32 images; its
-accuracy on the test split is read once. One to five minutes a row on one core; run two halves side
-by side with --part 1/2 and --part 2/2. Writes experiments/results/compression_curve.json, and from
-it the tables and pictures of docs/results.md (--only-report writes these alone).
+network of experiments/baselines compressed and fine-tuned on batches of 32 images, for 1,000
+(transformer) or 3,000 updates; its accuracy on the test split is read once. One to two minutes a
+row on one core; run two halves side by side with --part 1/2 and --part 2/2. Writes
+experiments/results/compression_curve.json, and from it the tables and pictures of docs/results.md
+(--only-report writes these alone).
 Expected: learned signs above fixed signs and VQ, more so the fewer the bits.
 """
 
@@ -29,8 +30,8 @@ from protocol import (
     quick_baseline,
     run_method,
 )
-from tables import Rows, differences, percent, publish, select, signed
-from units import PAGE, Options, Unit, work
+from tables import Rows, deviation, differences, percent, select, signed
+from units import Options, Unit, conduct
 
 from ssvq_jax.quantizers import to_json
 from ssvq_jax.report.pages import markdown_table
@@ -62,10 +63,12 @@ class Config(Options):
     Attributes:
         models: networks to compress.
         methods: by which.
+        bits: nominal bits a weight, of those that a method has.
     """
 
     models: tuple[str, ...] = ("vit_cifar", "resnet20_cifar")
     methods: tuple[str, ...] = tuple(LABELS)
+    bits: tuple[float, ...] = (1.125, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0)
 
 
 def rates(model: str, method: str) -> list[float]:
@@ -89,6 +92,7 @@ def units(config: Config) -> list[Unit]:
                 found += [
                     unit(config, NETWORKS[model], method, bits, seed, optimizer, weights)
                     for bits in rates(model, method)
+                    if bits in config.bits
                 ]
     return found
 
@@ -135,12 +139,10 @@ def float_unit(config: Config, network: Network, weights: Callable[[str], Any]) 
 
 def tables(rows: Rows) -> dict[str, str]:
     """The tables of the page, by the name of their markers."""
-    found = {}
-    for model in ("vit_cifar", "resnet20_cifar"):
+    found: dict[str, str] = {}
+    for model in sorted({row["model"] for row in rows}):
         own = select(rows, model=model)
-        if own:
-            found[f"compression_curve {model} table"] = _curve(own)
-            found[f"compression_curve {model} claims"] = _claims(own)
+        found |= {f"{NAME} {model} table": _curve(own), f"{NAME} {model} claims": _claims(own)}
     return found
 
 
@@ -206,7 +208,13 @@ def _recovered(rows: Rows, whole: Rows, bits: float) -> str:
     return f"{100 * (means[0] - means[1]) / lost:.0f} %" if lost > 0 else "nothing was lost"
 
 
-def plot(rows: Rows, model: str, file: Path) -> None:
+def plot(rows: Rows, folder: Path) -> None:
+    """Draws a picture of every network."""
+    for model in sorted({row["model"] for row in rows}):
+        _plot(rows, model, folder / f"{NAME}_{model}.png")
+
+
+def _plot(rows: Rows, model: str, file: Path) -> None:
     """Draws test accuracy against stored bits."""
     figure, axes = new_figure()
     own = select(rows, model=model)
@@ -220,7 +228,7 @@ def plot(rows: Rows, model: str, file: Path) -> None:
             axes.errorbar(
                 [each[0]["bits_per_weight"] for each in at],
                 [np.mean([100 * row["accuracy_test"] for row in each]) for each in at],
-                yerr=[np.std([100 * row["accuracy_test"] for row in each]) for each in at],
+                yerr=[deviation([100 * row["accuracy_test"] for row in each]) for each in at],
                 marker="o", capsize=3, label=label,
             )  # fmt: skip
     axes.set(
@@ -235,26 +243,5 @@ def plot(rows: Rows, model: str, file: Path) -> None:
     figure.savefig(file)
 
 
-def report(rows: Rows) -> None:
-    """Writes the tables and pictures of the page."""
-    publish(tables(rows), PAGE)
-    for model in sorted({row["model"] for row in rows}):
-        plot(rows, model, PAGE.with_name(f"compression_curve_{model}.png"))
-
-
-def main(config: Config) -> None:
-    results = config.results(NAME)
-    if config.only_report:
-        report(results.rows())
-        return
-    rows = work(units(config), results, config)
-    if config.quick:
-        print(_curve(rows))
-        plot(rows, "deit_digits", results.file.with_suffix(".png"))
-        print(f"results and a picture are in {results.file.parent}")
-    else:
-        report(rows)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    conduct(NAME, units, tables, plot, tyro.cli(Config))

@@ -3,8 +3,9 @@
     python experiments/compression_tuning.py --data-dir DIR
 
 Every method of a network gets the same draws, from the same ranges, with one seed that no
-reported run has, at 1.25 bits a weight (uniform: 2 bits) and for 1,000 updates, a third of a
-reported run; the least validation loss wins and is used at every rate. The test split is not read.
+reported run has, at 1.25 bits a weight (uniform: 2 bits) and for 1,000 updates: as many as the
+transformer's reported runs have, a third of the ResNet's; the least validation loss wins and is
+used at every rate. The test split is not read.
 About a minute a draw on one core; a stop costs one draw, the same command goes on.
 """
 

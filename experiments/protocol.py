@@ -69,6 +69,7 @@ NETWORKS: Mapping[str, Network] = {
             "fc2": r"blocks_\d+/mlp/fc2/kernel",
         },
         r"(stem_\d+|patch_embed|head)/kernel",
+        steps=1000,
     ),
     "resnet20_cifar": Network(
         "resnet20_cifar",

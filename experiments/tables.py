@@ -20,7 +20,12 @@ def mean_and_deviation(values: Iterable[float], digits: int = 2) -> str:
     """
     found = list(values)
     mean = f"{np.mean(found):.{digits}f}"
-    return mean if len(found) == 1 else f"{mean} ± {np.std(found, ddof=1):.{digits}f}"
+    return mean if len(found) == 1 else f"{mean} ± {deviation(found):.{digits}f}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; of one value 0."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def select(rows: Rows, **wanted: Any) -> list[Mapping[str, Any]]:
@@ -48,8 +53,9 @@ def signed(values: Sequence[float]) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def publish(found: Mapping[str, str], page: Path) -> None:
-    """Puts tables into a page and prints them."""
+def publish(found: Mapping[str, str], page: Path | None) -> None:
+    """Prints tables, and puts them into a page if there is one."""
     for name, text in found.items():
-        insert(page, name, text)
+        if page is not None:
+            insert(page, name, text)
         print(f"{text}\n")

@@ -12,10 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tables import Rows, publish
 
 from ssvq_jax.atomic import replace_text
 from ssvq_jax.report import provenance
+
+Settings = TypeVar("Settings", bound="Options")
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -140,6 +144,33 @@ def work(units: Sequence[Unit], results: Results, options: Options) -> list[dict
         seconds = round(time.perf_counter() - start, 1)
         results.add(unit, {**row, "seconds": seconds, **provenance()})
     return [row for row in map(results.find, units) if row is not None]
+
+
+def conduct(
+    name: str,
+    units: Callable[[Settings], Sequence[Unit]],
+    tables: Callable[[Rows], Mapping[str, str]],
+    plot: Callable[[Rows, Path], None],
+    options: Settings,
+) -> None:
+    """Runs an experiment and shows all rows of its results file.
+
+    Args:
+        name: of the experiment.
+        units: its units.
+        tables: gives texts by their markers, for the page if the results are those of RESULTS.
+        plot: draws into a folder, the page's or that of the results file.
+        options: its settings.
+    """
+    results = options.results(name)
+    if not options.only_report:
+        work(units(options), results, options)
+    rows = results.rows()
+    page = PAGE if results.file.parent == RESULTS else None
+    publish(tables(rows), page)
+    folder = results.file.parent if page is None else page.parent
+    plot(rows, folder)
+    print(f"results are in {results.file}, pictures in {folder}")
 
 
 def _part(text: str) -> tuple[int, int]:

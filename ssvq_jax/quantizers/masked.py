@@ -14,34 +14,15 @@ from ssvq_jax.tree import LeafSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(CodebookQuantizer):
-    """MVQ: N:M magnitude pruning, then k-means on what is kept.
-
-    W_q = m * C[A] with the mask m of W's shape, codebook C ``[k, d]`` and codes A. Pruned weights
-    have no part in the clustering: a sub-vector w goes to the codeword with the least
-    |m * (w - c)|^2, and coordinate j of a codeword is the mean sum m_j w_j / sum m_j of its
-    members. Nor do they have one in training: the gradient of a codeword is that of its members'
-    kept weights. The mask and A stay. Stored: ceil(log2 k)/d + ceil(log2 binom(M, N))/M bits a
-    weight and the codebook.
-
-    Source: arXiv 2412.10261. Its depthwise convolutions stay dense, and so in the presets.
+class MaskedCodebook(CodebookQuantizer):
+    """Base of the methods that keep N of every M consecutive weights of a sub-vector.
 
     Attributes:
         keep: N, kept weights of a group; those of the largest magnitude (times the root of their
             importance, where there is one).
         group: M, consecutive weights of a sub-vector; divides ``dim``, 16 at most.
-
-    Example:
-        >>> from ssvq_jax import LeafSpec
-        >>> spec = LeafSpec("w", (192, 768), "float32")
-        >>> Masked(codewords=512, dim=16, keep=4, group=16).storage(spec).bits / spec.size
-        1.6945...
     """
 
-    method: ClassVar[str] = "masked"
-
-    codewords: int = 64
-    dim: int = 8
     keep: int = 3
     group: int = 8
 
@@ -56,8 +37,53 @@ class Masked(CodebookQuantizer):
 
     @property
     def settings(self) -> str:
-        """Codewords, dimension and sparsity."""
+        """Those of the codebook, and the sparsity."""
         return f"{super().settings} {self.keep}:{self.group}"
+
+    def choose(
+        self, weight: Float[Array, "..."], spec: LeafSpec, calibration: Calibration | None
+    ) -> Bool[Array, "n d"]:
+        """The mask of largest magnitudes, by sub-vector; padding comes last."""
+        scores = jnp.abs(weight.astype(jnp.float32))
+        if calibration is not None and calibration.importance is not None:
+            scores = scores * jnp.sqrt(calibration.importance.astype(jnp.float32))
+        layout = self.layout(spec)
+        real = layout.real()
+        blocks = layout.split(scores)
+        return self.pattern.choose(blocks if real is None else jnp.where(real, blocks, -1.0))
+
+    def masked(
+        self, values: Float[Array, "..."], fixed: Fields, spec: LeafSpec
+    ) -> Float[Array, "..."]:
+        """Zeros for what is pruned."""
+        kept = self.layout(spec).join(fixed["mask"])
+        return jnp.where(kept, values, jnp.zeros_like(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(MaskedCodebook):
+    """MVQ: N:M magnitude pruning, then k-means on what is kept.
+
+    W_q = m * C[A] with the mask m of W's shape, codebook C ``[k, d]`` and codes A. Pruned weights
+    have no part in the clustering: a sub-vector w goes to the codeword with the least
+    |m * (w - c)|^2, and coordinate j of a codeword is the mean sum m_j w_j / sum m_j of its
+    members. Nor do they have one in training: the gradient of a codeword is that of its members'
+    kept weights. The mask and A stay. Stored: ceil(log2 k)/d + ceil(log2 binom(M, N))/M bits a
+    weight and the codebook.
+
+    Source: arXiv 2412.10261. Its depthwise convolutions stay dense, and so in the presets.
+
+    Example:
+        >>> from ssvq_jax import LeafSpec
+        >>> spec = LeafSpec("w", (192, 768), "float32")
+        >>> Masked(codewords=512, dim=16, keep=4, group=16).storage(spec).bits / spec.size
+        1.6945...
+    """
+
+    method: ClassVar[str] = "masked"
+
+    codewords: int = 64
+    dim: int = 8
 
     def slice_init(
         self,
@@ -67,16 +93,15 @@ class Masked(CodebookQuantizer):
         calibration: Calibration | None,
     ) -> Encoded:
         """Prunes W, then clusters what is kept (divided by its channel scales, if asked)."""
-        mask = _choose(self, self.pattern, weight, spec, calibration)
+        mask = self.choose(weight, spec, calibration)
         values, learned = self.unscale(weight.astype("float32"))
         codebook, codes = self.cluster(key, values, spec, calibration, learned, mask)
         return Encoded({**learned, "codebook": codebook}, {"codes": codes, "mask": mask})
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q = m * C[A]."""
-        kept = self.layout(spec).join(fixed["mask"])
         values = self.look_up(learned, fixed, spec)
-        return self.rescale(jnp.where(kept, values, jnp.zeros_like(values)), learned)
+        return self.rescale(self.masked(values, fixed, spec), learned)
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook and the groups' choices."""
@@ -95,16 +120,12 @@ class Masked(CodebookQuantizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedSignSplit(SignedCodebook):
+class MaskedSignSplit(MaskedCodebook, SignedCodebook):
     """SSVQ of what N:M pruning leaves: k-means on |W|, a trained sign for each kept weight.
 
     W_q = m * C[A] * sign(L); see `Masked` for the mask m, `SignSplit` for codebook C, codes A and
     latents L. Only kept weights have a stored sign: ceil(log2 k)/d + N/M +
     ceil(log2 binom(M, N))/M bits a weight and the codebook. The combination is ours.
-
-    Attributes:
-        keep: N, kept weights of a group.
-        group: M, consecutive weights of a sub-vector; divides ``dim``, 16 at most.
 
     Example:
         >>> from ssvq_jax import LeafSpec
@@ -118,21 +139,6 @@ class MaskedSignSplit(SignedCodebook):
     codewords: int = 32
     dim: int = 8
     keep: int = 2
-    group: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.pattern.check(self.dim)
-
-    @property
-    def pattern(self) -> Pattern:
-        """The N:M pattern."""
-        return Pattern(self.keep, self.group)
-
-    @property
-    def settings(self) -> str:
-        """Codewords, dimension, sparsity, and whether the signs are trained."""
-        return f"{super().settings} {self.keep}:{self.group}"
 
     def slice_init(
         self,
@@ -142,7 +148,7 @@ class MaskedSignSplit(SignedCodebook):
         calibration: Calibration | None,
     ) -> Encoded:
         """Prunes W, then clusters the magnitudes of what is kept; L = alpha * W."""
-        mask = _choose(self, self.pattern, weight, spec, calibration)
+        mask = self.choose(weight, spec, calibration)
         values, learned = self.unscale(jnp.abs(weight.astype("float32")))
         codebook, codes = self.cluster(key, values, spec, calibration, learned, mask)
         signs = self.encode_signs(weight, spec)
@@ -153,9 +159,8 @@ class MaskedSignSplit(SignedCodebook):
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q = m * C[A] * sign(L)."""
-        kept = self.layout(spec).join(fixed["mask"])
         values = self.signed(self.look_up(learned, fixed, spec), learned, fixed)
-        return self.rescale(jnp.where(kept, values, jnp.zeros_like(values)), learned)
+        return self.rescale(self.masked(values, fixed, spec), learned)
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook, the groups' choices, and one bit a kept weight."""
@@ -182,20 +187,3 @@ class MaskedSignSplit(SignedCodebook):
             {**self.codebook_unpack(fields), **signs.learned},
             {**signs.fixed, "codes": fields["codes"], "mask": mask},
         )
-
-
-def _choose(
-    quantizer: CodebookQuantizer,
-    pattern: Pattern,
-    weight: Float[Array, "..."],
-    spec: LeafSpec,
-    calibration: Calibration | None,
-) -> Bool[Array, "n d"]:
-    """The mask of largest magnitudes, by sub-vector; padding comes last."""
-    scores = jnp.abs(weight.astype(jnp.float32))
-    if calibration is not None and calibration.importance is not None:
-        scores = scores * jnp.sqrt(calibration.importance.astype(jnp.float32))
-    layout = quantizer.layout(spec)
-    real = layout.real()
-    blocks = layout.split(scores)
-    return pattern.choose(blocks if real is None else jnp.where(real, blocks, -1.0))

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from units import Options, Results, Unit, work
+from units import Options, Results, Unit, conduct, work
 
 
 def unit(name, found, settings=None, rows=None):
@@ -86,3 +86,28 @@ def test_the_latest_row_of_a_unit_counts(results):
 def test_a_part_that_is_none(results, part):
     with pytest.raises(SystemExit, match="give e.g. 1/2"):
         work([], results, Options(part=part))
+
+
+def test_an_experiment_shows_all_rows_of_its_file(results, capsys):
+    def tables(rows):
+        return {"sum": f"sum {sum(row['value'] for row in rows)}"}
+
+    drawn = []
+    for name, value in (("a", 1), ("b", 2)):
+        conduct(
+            "some",
+            lambda _, name=name, value=value: [unit(name, value)],
+            tables,
+            lambda rows, folder: drawn.append((len(rows), folder)),
+            Options(out=results.file),
+        )
+    assert "sum 3" in capsys.readouterr().out
+    assert drawn == [(1, results.file.parent), (2, results.file.parent)]
+    conduct(
+        "some", _not_called, tables, lambda *_: None, Options(out=results.file, only_report=True)
+    )
+    assert "sum 3" in capsys.readouterr().out
+
+
+def _not_called(options):
+    raise AssertionError("--only-report runs nothing")
