@@ -22,10 +22,12 @@ from references import (
 from ssvq_jax.models.import_resnet import import_resnet
 from ssvq_jax.models.resnet import CONFIGS, ResNet, ResNetConfig
 
+torch = pytest.importorskip("torch", reason=WITHOUT_TORCH)
 transformers = pytest.importorskip("transformers", reason=WITHOUT_TORCH)
 
 BASIC = ResNetConfig(image_size=64, width=8, depths=(2, 1, 2), classes=7)
 BOTTLENECK = ResNetConfig(image_size=64, width=8, depths=(1, 2), bottleneck=True, classes=7)
+SMALL = ResNetConfig(image_size=32, width=8, depths=(1, 2), classes=7, small=True)
 
 
 def transformers_resnet(config):
@@ -35,10 +37,15 @@ def transformers_resnet(config):
         hidden_sizes=[config.width * 2**i * expansion for i in range(len(config.depths))],
         layer_type="bottleneck" if config.bottleneck else "basic",
     )  # fmt: skip
-    return randomised(transformers.ResNetForImageClassification(sizes))
+    model = transformers.ResNetForImageClassification(sizes)
+    if config.small:
+        stem = model.resnet.embedder
+        stem.embedder.convolution = torch.nn.Conv2d(3, config.width, 3, 2, 1, bias=False)
+        stem.pooler = torch.nn.Identity()
+    return randomised(model)
 
 
-@pytest.mark.parametrize("config", [BASIC, BOTTLENECK])
+@pytest.mark.parametrize("config", [BASIC, BOTTLENECK, SMALL])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (75, 61)])
 @pytest.mark.parametrize("train", [False, True])
 def test_transformers(config, height, width, train):
