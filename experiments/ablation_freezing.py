@@ -57,9 +57,11 @@ class Config(Options):
 
     Attributes:
         model: the network.
+        only: variants to run, by their names; by default all.
     """
 
     model: str = "resnet20_cifar"
+    only: tuple[str, ...] = ()
 
 
 def variants(base: OptimizerConfig) -> dict[str, tuple[OptimizerConfig, float]]:
@@ -113,6 +115,7 @@ def units(config: Config) -> list[Unit]:
         unit(name, optimizer, alpha, seed)
         for seed in seeds
         for name, (optimizer, alpha) in variants(base).items()
+        if not config.only or name in config.only
     ]
 
 
