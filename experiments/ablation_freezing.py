@@ -6,10 +6,10 @@
 SSVQ of the CIFAR-10 ResNet at 1.25 bits a weight. All rows have the rates that the search of
 `compression_tuning` chose for SSVQ with freezing. The thresholds that it chose freeze one sign in a
 thousand; what is frozen to, when and how often is therefore changed at low thresholds. 3,000
-updates of 32 images, one to two minutes a row on one core. Writes experiments/results/ablation_freezing.json and
-from it the table and picture of docs/results.md (--only-report writes these alone). The paper
-reports, at 21x on ImageNet: intervals 100, 200, 500, 1000 give 60.9, 61.5, 61.9, 61.6 %, no
-freezing about 54 %, the sign of an average 60.8 %.
+updates of 32 images, one to two minutes a row on one core. Writes
+experiments/results/ablation_freezing.json and from it the table and picture of docs/results.md
+(--only-report writes these alone). The paper reports, at 21x on ImageNet: intervals 100, 200, 500,
+1000 give 60.9, 61.5, 61.9, 61.6 %, no freezing about 54 %, the sign of an average 60.8 %.
 """
 
 import dataclasses
