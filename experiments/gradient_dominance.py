@@ -41,6 +41,7 @@ from ssvq_jax.plan import Plan
 from ssvq_jax.quantizers import to_json
 from ssvq_jax.report.pages import markdown_table
 from ssvq_jax.report.plots import new_figure
+from ssvq_jax.training.finetune import encoding_key
 from ssvq_jax.training.optimizer import OptimizerConfig
 from ssvq_jax.training.run import Task
 from ssvq_jax.tree import PyTree, Variables
@@ -107,7 +108,7 @@ def unit(
     def run() -> dict[str, Any]:
         params, model_state = weights(network.model)
         plan, task = plan_of(network, quantizer, params), make_task(network, config.data_dir)
-        start = plan.init(jax.random.key(seed), params)
+        start = plan.init(encoding_key(jax.random.key(seed)), params)
         _, done = run_method(
             network, quantizer, optimizer, seed,
             data_dir=config.data_dir, test=False, name=name, weights=weights,
@@ -122,7 +123,7 @@ def unit(
 
 
 def measure(task: Task, plan: Plan, variables: Variables, model_state: PyTree) -> dict[str, float]:
-    """Mean figures over batches and codebooks, the latter weighted by their codewords."""
+    """Mean figures over batches and codebooks, the latter weighted by their members."""
     params = plan.decode(variables)
 
     def loss(params: PyTree, batch: Any) -> Float[Array, ""]:
@@ -136,7 +137,7 @@ def measure(task: Task, plan: Plan, variables: Variables, model_state: PyTree) -
         rows = [row for row in rows if row.codewords]
         for key in FIGURES:
             values = [getattr(row, key) for row in rows]
-            found[key].append(np.average(values, weights=[row.codewords for row in rows]))
+            found[key].append(np.average(values, weights=[row.members for row in rows]))
     return {key: round(float(np.mean(values)), 4) for key, values in found.items()}
 
 

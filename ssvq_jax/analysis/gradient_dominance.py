@@ -26,6 +26,7 @@ class Dominance:
             taken together.
         method: name of the method.
         codewords: how many were counted.
+        members: how many members these have.
         left_out: how many were not, for too few members or a gradient of zero.
         top: cosine of a codeword's gradient with the sum over its members of largest gradient.
         bottom: cosine with the sum over its members of smallest gradient; 0 where that sum is zero.
@@ -37,6 +38,7 @@ class Dominance:
     path: str
     method: str
     codewords: int
+    members: int
     left_out: int
     top: float | None
     bottom: float | None
@@ -113,7 +115,8 @@ def gradient_dominance(
         counted = len(members_of)
         means = [float(np.average(x, weights=members_of)) if counted else None for x in figures]
         left_out = slices * codewords - counted
-        rows.append(Dominance(entry.name, quantizer.method, counted, left_out, *means))
+        total = int(members_of.sum())
+        rows.append(Dominance(entry.name, quantizer.method, counted, total, left_out, *means))
     if not rows:
         raise ValueError(
             "the plan compresses no leaf by a codebook, so there are no members to compare: use a "
