@@ -22,7 +22,7 @@ from compression_tuning import draw, tuned
 from methods import METHODS
 from protocol import NETWORKS, SIGN_FIGURES, baseline, quick_baseline, run_method
 from tables import Rows, differences, percent, select, signed
-from units import Options, Unit, conduct
+from units import Options, Unit, check_choice, conduct
 
 import ssvq_jax as ssvq
 from ssvq_jax.quantizers import to_json
@@ -33,20 +33,21 @@ from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
 NAME = "ablation_freezing"
 BITS = 1.25
 TUNED = "as tuned"
-LOW = {"start": 0.05, "end": 0.01}  # thresholds at which signs by the hundred freeze
+LOW = {"start": 0.05, "end": 0.01}  # thresholds at which one sign in 16 freezes
+LOW_NAME = "thresholds 0.05 to 0.01"  # what rows of this prefix are compared with
+LOW_PREFIX = "low thresholds, "
 # Changes of the freezing that the search chose; None for no freezing.
 FREEZING: dict[str, dict[str, Any] | None] = {
     TUNED: {},
     "no freezing": None,
     "thresholds 0.2 to 0.05": {"start": 0.2, "end": 0.05},
     "thresholds 0.1 to 0.02": {"start": 0.1, "end": 0.02},
-    "thresholds 0.05 to 0.01": LOW,
-    "low thresholds, every 25 updates": {**LOW, "every": 25},
-    "low thresholds, every 250 updates": {**LOW, "every": 250},
-    "low thresholds, to the sign of an average": {**LOW, "freeze_to": "average"},
-    "low thresholds, to the current sign": {**LOW, "freeze_to": "current"},
-    "low thresholds, from the first update": {**LOW, "warmup_share": 0.0},
-    "low thresholds, in the last half": {**LOW, "warmup_share": 0.5},
+    LOW_NAME: LOW,
+    f"{LOW_PREFIX}every 25 updates": {**LOW, "every": 25},
+    f"{LOW_PREFIX}every 250 updates": {**LOW, "every": 250},
+    f"{LOW_PREFIX}to the sign of an average": {**LOW, "freeze_to": "average"},
+    f"{LOW_PREFIX}to the current sign": {**LOW, "freeze_to": "current"},
+    f"{LOW_PREFIX}in the last half": {**LOW, "warmup_share": 0.5},
 }
 ALPHAS = (0.5, 2.0)
 _RECORD_EVERY = 50
@@ -80,6 +81,8 @@ def variants(base: OptimizerConfig) -> dict[str, tuple[OptimizerConfig, float]]:
 
 def units(config: Config) -> list[Unit]:
     """All rows; those of the first seed come first."""
+    names = [*FREEZING, *(f"alpha {alpha:g}" for alpha in ALPHAS)]
+    check_choice("only", config.only, names)
     if config.quick:
         network, weights = NETWORKS["deit_digits"], quick_baseline(config.data_dir)
         base, seeds = draw("ssvq-freeze", 0), config.seeds[:1]
@@ -121,14 +124,15 @@ def units(config: Config) -> list[Unit]:
 
 
 def tables(rows: Rows) -> dict[str, str]:
-    """The table of the page, by the name of its marker."""
-    tuned_rows = select(rows, variant=TUNED)
+    """The table of the page, by the name of its marker; rows are compared with what they change."""
     names = list(dict.fromkeys([*FREEZING, *(r["variant"] for r in rows)]))
     cells = []
     for name in names:
         own = select(rows, variant=name)
         if own:
-            gap = differences(own, tuned_rows, "accuracy_test") if name != TUNED else []
+            base = LOW_NAME if name.startswith(LOW_PREFIX) else TUNED
+            others = select(rows, variant=base)
+            gap = differences(own, others, "accuracy_test") if name != TUNED else []
             cells.append(
                 [
                     name,
@@ -139,7 +143,7 @@ def tables(rows: Rows) -> dict[str, str]:
                     str(len(own)),
                 ]
             )
-    columns = ["variant", "flipped", "frozen", "validation", "test", "test, to tuned", "runs"]
+    columns = ["variant", "flipped", "frozen", "validation", "test", "test, to its base", "runs"]
     return {"ablation_freezing table": markdown_table(columns, cells)}
 
 
@@ -160,7 +164,7 @@ def plot(rows: Rows, folder: Path) -> None:
         title="Oscillating and frozen signs",
     )
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1000)  # room for the names
     axes.legend(fontsize="small")
     figure.savefig(folder / f"{NAME}.png")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import tyro
-from methods import METHODS
+from methods import LEFT_OUT, METHODS
 from protocol import NETWORKS, run_method
-from units import Options, Results, Unit, work
+from units import Options, Results, Unit, check_choice, work
 
 from ssvq_jax.quantizers import to_json
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
@@ -85,6 +85,8 @@ def draw(method: str, trial: int, trials: int = TRIALS) -> OptimizerConfig:
 
 def units(config: Config) -> list[Unit]:
     """All draws; first the first ones of every method."""
+    check_choice("models", config.models, NETWORKS)
+    check_choice("methods", config.methods, USED)
 
     def unit(model: str, method: str, trial: int, seed: int) -> Unit:
         network = dataclasses.replace(NETWORKS[model], steps=STEPS)
@@ -118,6 +120,7 @@ def units(config: Config) -> list[Unit]:
         for model in config.models
         for trial in range(config.trials)
         for method in config.methods
+        if (model, method) not in LEFT_OUT
         for seed in config.seeds
     ]
 
@@ -132,13 +135,18 @@ def tuned(results: Results, model: str, method: str) -> OptimizerConfig:
     """What the search chose.
 
     Raises:
-        SystemExit: if it was not run.
+        SystemExit: if it was not run to the end.
     """
-    found = ranking(results.rows(), model, method)
-    if not found:
+    of_search = [
+        row
+        for row in results.rows()
+        if row["settings"]["trials"] == TRIALS and row["settings"]["seed"] == SEED
+    ]
+    found = ranking(of_search, model, method)
+    if len(found) < TRIALS:
         raise SystemExit(
-            f"{results.file} has no draws of '{method}' for '{model}': run "
-            "experiments/compression_tuning.py first"
+            f"{results.file} has {len(found)} of {TRIALS} draws of '{method}' for '{model}': first "
+            f"run experiments/compression_tuning.py --models {model} --methods {method} to the end"
         )
     best = dict(found[0]["settings"]["optimizer"])
     freeze = best.pop("freeze")
@@ -147,7 +155,9 @@ def tuned(results: Results, model: str, method: str) -> OptimizerConfig:
 
 def main(config: Config) -> None:
     results = config.results(NAME)
-    rows = work(units(config), results, config)
+    if config.quick:
+        raise SystemExit("the search has no --quick: quick runs of the others take its first draw")
+    rows = results.rows() if config.only_report else work(units(config), results, config)
     for model in config.models:
         for method in config.methods:
             for row in ranking(rows, model, method):

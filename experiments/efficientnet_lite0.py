@@ -85,16 +85,16 @@ def plan_of(method: str, params: PyTree) -> Plan:
     return make_plan(params, [int8, *shared, ssvq.Rule(".*", None)])
 
 
-def optimizer_of(method: str, trial: int, steps: int) -> OptimizerConfig:
+def optimizer_of(method: str, trial: int, trials: int, steps: int) -> OptimizerConfig:
     """A draw of `compression_tuning`, with 20 freezing steps in a run of any length."""
-    drawn = draw(method, trial)
+    drawn = draw(method, trial, trials)
     freeze = drawn.freeze and dataclasses.replace(drawn.freeze, every=max(steps // 20, 1))
     return dataclasses.replace(drawn, freeze=freeze)
 
 
 def unit(config: Config, stage: str, method: str, seed: int, trial: int) -> Unit:
     """One fine-tuning; the part to report is read in the stage "report" alone."""
-    optimizer = optimizer_of(method, trial, config.steps)
+    optimizer = optimizer_of(method, trial, config.trials, config.steps)
     size = 64 if config.quick else 224
     told = {"model": MODEL, "method": method, "bits": BITS, "seed": seed}
     settings = {
@@ -221,7 +221,6 @@ def compare(config: Config, results: Results) -> Rows:
 
 
 def main(config: Config) -> None:
-    own = config.quick or config.data is not None  # results that are not the page's
     if config.data is not None and config.out is None:
         out = ROOT / "runs" / f"{NAME}_{config.data.name}.json"
         config = dataclasses.replace(config, out=out)
@@ -236,7 +235,7 @@ def main(config: Config) -> None:
         rows = compare(config, results)
     for name, text in tables(rows).items():
         print(f"\n{text}")
-        if not own and f"<!-- {name}: begin -->" in PAGE.read_text():
+        if results.of_page and f"<!-- {name}: begin -->" in PAGE.read_text():
             insert(PAGE, name, text)
 
 

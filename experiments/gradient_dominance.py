@@ -34,7 +34,7 @@ from protocol import (
     run_method,
 )
 from tables import Rows, deviation, mean_and_deviation, select
-from units import Options, Unit, conduct
+from units import Options, Unit, check_choice, conduct
 
 from ssvq_jax.analysis import dense_gradients, gradient_dominance
 from ssvq_jax.plan import Plan
@@ -68,6 +68,8 @@ class Config(Options):
 
 def units(config: Config) -> list[Unit]:
     """A unit for each network, method and seed."""
+    check_choice("models", config.models, NETWORKS)
+    check_choice("methods", config.methods, LABELS)
     if config.quick:
         weights = quick_baseline(config.data_dir)
         return [

@@ -119,7 +119,9 @@ def proof(config: Config) -> Config:
 
 def steps_of(config: Config) -> int:
     """Updates of a run."""
-    return config.steps or config.epochs * TRAIN_IMAGES // config.batch_size
+    if config.steps is not None:
+        return config.steps
+    return config.epochs * TRAIN_IMAGES // config.batch_size
 
 
 def optimizer_of(config: Config, method: str) -> OptimizerConfig:

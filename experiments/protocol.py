@@ -3,7 +3,8 @@
 All methods get the same float network, data, batches, updates and kind of search. Sub-vectors run
 along the output axis. Networks of a million weights would pay more for a codebook a kernel than for
 its codes: kernels share one, so that some 100,000 to 400,000 weights use it, as in a layer of
-DeiT-tiny. Ends of the network are int8 for every method; norms, biases and positions stay float.
+DeiT-tiny, and all of them where it has more than 1,024 numbers. Ends of the network are int8 for
+every method; norms, biases and positions stay float.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,17 @@ class Results:
         """All rows of the file, by unit."""
         return json.loads(self.file.read_text())["rows"] if self.file.exists() else []
 
+    @property
+    def of_page(self) -> bool:
+        """Whether these are the results that docs/results.md shows."""
+        return self.file.resolve().parent == RESULTS
+
+    def merge(self) -> None:
+        """Writes rows that a stop or another process has kept out of the file."""
+        rows = self._all()
+        if rows and list(rows.values()) != self.rows():
+            self._write(rows)
+
     def find(self, unit: Unit) -> dict[str, Any] | None:
         """The row of a unit, if it was run with these settings."""
         row = self._all().get(unit.name)
@@ -102,17 +113,19 @@ class Results:
         written = datetime.now(UTC).isoformat(timespec="milliseconds")
         told = {"unit": unit.name, **row, "settings": _plain(unit.settings), "written": written}
         replace_text(self._own(unit.name), json.dumps(told))
-        rows = self._all()
-        text = ",\n".join(" " + json.dumps(rows[name]) for name in sorted(rows))
+        self._write(self._all())
+
+    def _write(self, rows: Mapping[str, Any]) -> None:
+        text = ",\n".join(" " + json.dumps(row) for row in rows.values())
         replace_text(self.file, f'{{"rows": [\n{text}\n]}}\n')
 
     def _all(self) -> dict[str, dict[str, Any]]:
-        """The latest row of every unit."""
+        """The latest row of every unit, by the units' names in order."""
         found: dict[str, dict[str, Any]] = {}
         own = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
         for row in sorted([*self.rows(), *own], key=lambda row: row["written"]):
             found[row["unit"]] = row
-        return found
+        return dict(sorted(found.items()))
 
     def _own(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '_').replace('/', '_')}.json"
@@ -130,7 +143,8 @@ def work(units: Sequence[Unit], results: Results, options: Options) -> list[dict
     index, count = _part(options.part)
     began = time.perf_counter()
     mine = [unit for i, unit in enumerate(units) if i % count == index]
-    waiting = [unit for unit in mine if results.find(unit) is None]
+    results.merge()
+    waiting = [unit for unit in mine if options.quick or results.find(unit) is None]
     print(f"{len(mine) - len(waiting)} of {len(mine)} units are done", flush=True)
     for i, unit in enumerate(waiting):
         spent = time.perf_counter() - began
@@ -166,11 +180,21 @@ def conduct(
     if not options.only_report:
         work(units(options), results, options)
     rows = results.rows()
-    page = PAGE if results.file.parent == RESULTS else None
+    if not rows:
+        print(f"{results.file} has no rows yet: there is nothing to show")
+        return
+    page = PAGE if results.of_page else None
     publish(tables(rows), page)
     folder = results.file.parent if page is None else page.parent
     plot(rows, folder)
     print(f"results are in {results.file}, pictures in {folder}")
+
+
+def check_choice(name: str, given: Sequence[Any], known: Iterable[Any]) -> None:
+    """Raises SystemExit if an option names what there is not."""
+    unknown = [value for value in given if value not in known]
+    if unknown:
+        raise SystemExit(f"{name}={unknown}: choose of {', '.join(map(str, known))}")
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -139,11 +139,7 @@ class CodebookQuantizer(Quantizer):
         """
         layout = self.layout(spec)
         points = layout.split(values.astype(jnp.float32))
-        weights = None
-        if calibration is not None and calibration.importance is not None:
-            weights = calibration.importance.astype(jnp.float32)
-            # Of a slice without any importance (an expert that saw no data) all count alike.
-            weights = jnp.where(jnp.any(weights > 0), weights, jnp.ones_like(weights))
+        weights = importance_of(calibration)
         if self.channel_scale:
             squared = self.per_channel(jnp.square(scales["scale"]), values.ndim)
             squared = squared / jnp.max(squared)
@@ -240,3 +236,14 @@ def _int8(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Arr
     scale = jax.lax.reduce_precision(scale, 8, 7)
     levels = jnp.clip(jnp.round(codebook / scale), -_INT8_MAX, _INT8_MAX)
     return levels, scale
+
+
+def importance_of(calibration: Calibration | None) -> Float[Array, "..."] | None:
+    """Importance of every element, or None where there is no calibration.
+
+    Of a slice without any importance (an expert that saw no data) all elements count alike.
+    """
+    if calibration is None or calibration.importance is None:
+        return None
+    given = calibration.importance.astype(jnp.float32)
+    return jnp.where(jnp.any(given > 0), given, jnp.ones_like(given))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from ssvq_jax.quantizers.base import Calibration, Encoded, Fields, Storage, Stream
-from ssvq_jax.quantizers.codebook import CodebookQuantizer
+from ssvq_jax.quantizers.codebook import CodebookQuantizer, importance_of
 from ssvq_jax.quantizers.pattern import Pattern
 from ssvq_jax.quantizers.sign_split import SignedCodebook
 from ssvq_jax.tree import LeafSpec
@@ -45,8 +45,9 @@ class MaskedCodebook(CodebookQuantizer):
     ) -> Bool[Array, "n d"]:
         """The mask of largest magnitudes, by sub-vector; padding comes last."""
         scores = jnp.abs(weight.astype(jnp.float32))
-        if calibration is not None and calibration.importance is not None:
-            scores = scores * jnp.sqrt(calibration.importance.astype(jnp.float32))
+        importance = importance_of(calibration)
+        if importance is not None:
+            scores = scores * jnp.sqrt(importance)
         layout = self.layout(spec)
         real = layout.real()
         blocks = layout.split(scores)

@@ -62,9 +62,9 @@ def test_units_have_names_of_their_own_and_plain_settings(tmp_path):
 
 
 def test_trials_have_equal_rates_for_all_methods():
-    first, *others = (lite.optimizer_of(method, 2, 100) for method in lite.QUANTIZERS)
+    first, *others = (lite.optimizer_of(method, 2, 4, 100) for method in lite.QUANTIZERS)
     assert all((x.dense, x.codebook) == (first.dense, first.codebook) for x in others)
-    freeze = lite.optimizer_of("ssvq-freeze", 2, 100).freeze
+    freeze = lite.optimizer_of("ssvq-freeze", 2, 4, 100).freeze
     assert freeze is not None
     assert freeze.every == 5
 

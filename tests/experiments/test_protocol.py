@@ -1,17 +1,23 @@
 """The protocol: equal bits, equal draws, equal treatment; and the tables that are made of it."""
 
 import dataclasses
+import json
 
+import ablation_freezing
+import compression_curve
+import compression_tuning
+import gradient_dominance
 import jax
 import numpy as np
 import pytest
 from ablation_freezing import TUNED, variants
 from ablation_freezing import tables as ablation_tables
 from compression_curve import LABELS, rates, tables
-from compression_tuning import RATES, TRIALS, USED, draw, ranking
+from compression_tuning import RATES, SEED, TRIALS, USED, draw, ranking, tuned
 from methods import METHODS
 from protocol import NETWORKS, plan_of, run_method
 from tables import differences, mean_and_deviation, percent, signed
+from units import Results
 
 from ssvq_jax.models import create, param_shapes
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
@@ -65,6 +71,10 @@ def test_the_least_validation_loss_wins():
     assert [r["settings"]["trial"] for r in found] == [1, 2, 0]
 
 
+def _changes(one, other):
+    return {key for key, value in dataclasses.asdict(one).items() if getattr(other, key) != value}
+
+
 def test_the_ablation_changes_one_thing_at_a_time():
     base = OptimizerConfig(freeze=FreezeConfig(every=50, start=0.2, end=0.05, momentum=0.02))
     found = variants(base)
@@ -77,7 +87,34 @@ def test_the_ablation_changes_one_thing_at_a_time():
     assert found["alpha 2"] == (base, 2.0)
     for name, (optimizer, alpha) in found.items():
         assert dataclasses.replace(optimizer, freeze=base.freeze) == base, name
+        if optimizer.freeze is not None:
+            start = low if name.startswith("low thresholds") else base.freeze
+            changed = _changes(start, optimizer.freeze) - {"end"}
+            assert len(changed) == (name != TUNED and not name.startswith("alpha")), name
         assert (alpha != 1.0) == name.startswith("alpha")
+
+
+def test_a_search_that_was_not_finished_chooses_nothing(tmp_path):
+    rows = [
+        {"settings": {"model": "m", "method": "vq", "trial": 0, "trials": TRIALS, "seed": SEED},
+         "loss_validation": 1.0, "unit": "a", "written": "0"}
+    ]  # fmt: skip
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(SystemExit, match=f"has 1 of {TRIALS} draws of 'vq' for 'm'"):
+        tuned(Results(file, tmp_path / "units"), "m", "vq")
+
+
+@pytest.mark.parametrize(
+    "experiment", [ablation_freezing, compression_curve, compression_tuning, gradient_dominance]
+)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_experiment_has_its_units(experiment, quick):
+    """The committed search has what the default settings ask for."""
+    found = experiment.units(experiment.Config(quick=quick))
+    assert len({unit.name for unit in found}) == len(found) > 1
+    if not quick:
+        assert json.loads(json.dumps([unit.settings for unit in found]))
 
 
 @pytest.mark.parametrize("method", ["uniform", "ssvq-freeze"])
@@ -138,7 +175,7 @@ def test_claims_are_differences_by_seed():
     found = tables(rows)
     claims = found["compression_curve vit_cifar claims"].splitlines()
     assert "| SSVQ less VQ | +5.00 ± 0.00 |" in claims
-    assert "| learned less fixed signs | - |" in claims
+    assert not [line for line in claims if "learned" in line]  # neither was run
     assert "| share of VQ's loss recovered | 50 % |" in claims
     curve = found["compression_curve vit_cifar table"].splitlines()
     assert "| VQ | 1.500 | 21.3x | 10.0x | 80.00 ± 0.00 | 80.00 ± 0.00 | 3 |" in curve
@@ -150,3 +187,8 @@ def test_the_ablation_compares_with_what_was_tuned():
 
     table = ablation_tables([row(TUNED, 0.8), row("no freezing", 0.79)])["ablation_freezing table"]
     assert "| no freezing |  |  | 50.00 | 79.00 | -1.00 | 1 |" in table
+    low, average = "thresholds 0.05 to 0.01", "low thresholds, to the sign of an average"
+    rows = [row(TUNED, 0.8), row(low, 0.7), row(average, 0.75)]
+    table = ablation_tables(rows)["ablation_freezing table"]
+    assert f"| {low} |  |  | 50.00 | 70.00 | -10.00 | 1 |" in table
+    assert f"| {average} |  |  | 50.00 | 75.00 | +5.00 | 1 |" in table

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from units import Options, Results, Unit, conduct, work
+from units import Options, Results, Unit, check_choice, conduct, work
 
 
 def unit(name, found, settings=None, rows=None):
@@ -111,3 +111,29 @@ def test_an_experiment_shows_all_rows_of_its_file(results, capsys):
 
 def _not_called(options):
     raise AssertionError("--only-report runs nothing")
+
+
+def test_an_experiment_without_rows_shows_nothing(results, capsys):
+    options = Options(out=results.file, only_report=True)
+    conduct("some", _not_called, _not_called, lambda *_: None, options)
+    assert "no rows yet" in capsys.readouterr().out
+
+
+def test_rows_that_a_stop_kept_out_of_the_file_come_back(results):
+    work([unit("a", 1), unit("b", 2)], results, Options())
+    results.file.write_text('{"rows": []}')
+    work([unit("a", 1), unit("b", 2)], results, Options())
+    assert [row["value"] for row in results.rows()] == [1, 2]
+
+
+def test_a_quick_run_runs_again(results):
+    ran = []
+    for _ in range(2):
+        work([unit("a", 1, rows=ran)], results, Options(quick=True))
+    assert ran == ["a", "a"]
+
+
+def test_names_that_there_are_not():
+    check_choice("models", ("a", "b"), ("a", "b", "c"))
+    with pytest.raises(SystemExit, match=r"models=\['d'\]: choose of a, b"):
+        check_choice("models", ("a", "d"), ("a", "b"))

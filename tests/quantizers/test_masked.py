@@ -223,3 +223,13 @@ def test_presets_leave_depthwise_convolutions_alone():
 def test_patterns_that_are_none(method, sizes, message):
     with pytest.raises(ValueError, match=message):
         method(**sizes)
+
+
+@pytest.mark.parametrize("method", [Masked, MaskedSignSplit])
+def test_without_any_importance_the_largest_are_kept(method):
+    weight = jnp.tile(jnp.array([[1.0, 2.0, -3.0, 4.0], [9.0, -8.0, 7.0, 6.0]]), (4, 1))
+    spec = LeafSpec("w", weight.shape, "float32")
+    quantizer = method(codewords=2, dim=4, keep=2, group=4)
+    none = Calibration(jnp.zeros_like(weight))
+    _, fixed = quantizer.init(KEY, weight, spec, none)
+    assert fixed["mask"][:2].tolist() == [[False, False, True, True], [True, True, False, False]]
