@@ -63,7 +63,7 @@ class Config(Options):
     """
 
     models: tuple[str, ...] = ("vit_cifar", "resnet20_cifar")
-    methods: tuple[str, ...] = tuple(LABELS)
+    methods: tuple[str, ...] = ("vq", "ssvq")
 
 
 def units(config: Config) -> list[Unit]:
@@ -170,17 +170,22 @@ def plot(rows: Rows, folder: Path) -> None:
     """Draws the cosines with the largest and the smallest members after fine-tuning."""
     figure, axes = new_figure()
     models = list(dict.fromkeys(row["model"] for row in rows))
-    bars = [(model, method) for model in models for method in LABELS]
+    bars = [
+        (model, method)
+        for model in models
+        for method in LABELS
+        if select(rows, model=model, method=method)
+    ]
     for shift, key, label in ((-0.2, "top", "top 5 %"), (0.2, "bottom", "bottom 60 %")):
         values = [
             [row["end"][key] for row in select(rows, model=model, method=method)]
             for model, method in bars
         ]
         axes.bar(
-            [place + shift for place, found in enumerate(values) if found],
-            [np.mean(found) for found in values if found],
+            np.arange(len(bars)) + shift,
+            [np.mean(found) for found in values],
             width=0.4,
-            yerr=[deviation(found) for found in values if found],
+            yerr=[deviation(found) for found in values],
             label=label,
         )
     names = [f"{model}\n{LABELS[method]}" for model, method in bars]
@@ -188,6 +193,7 @@ def plot(rows: Rows, folder: Path) -> None:
     axes.set(
         ylabel="cosine with the codeword's gradient", title="Whose gradient a codeword follows"
     )
+    axes.set_ylim(top=1.0)  # room for the names
     axes.legend(fontsize="small")
     figure.savefig(folder / f"{NAME}.png")
 
