@@ -131,7 +131,7 @@ def tables(rows: Rows) -> dict[str, str]:
         own = select(rows, variant=name)
         if own:
             base = LOW_NAME if name.startswith(LOW_PREFIX) else TUNED
-            others = select(rows, variant=base)
+            others = select(rows, variant=base) or select(rows, variant=TUNED)
             gap = differences(own, others, "accuracy_test") if name != TUNED else []
             cells.append(
                 [
