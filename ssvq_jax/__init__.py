@@ -10,6 +10,7 @@ from ssvq_jax.packing import PackedFile, PackedFileError, load, save
 from ssvq_jax.plan import Packed, Plan, make_plan
 from ssvq_jax.quantizers import (
     Calibration,
+    InputMoments,
     Masked,
     MaskedSignSplit,
     SignSplit,
@@ -25,6 +26,7 @@ __version__ = version("ssvq_jax")
 __all__ = [
     "PRESETS",
     "Calibration",
+    "InputMoments",
     "LeafSpec",
     "Masked",
     "MaskedSignSplit",

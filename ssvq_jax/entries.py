@@ -163,34 +163,42 @@ def share_entry(name: str, members: list[tuple[Rule, LeafSpec]]) -> SharedEntry:
 
 def gather_calibration(entry: Entry, calibration: Mapping[str, Calibration]) -> Calibration | None:
     """Takes an entry's calibration out of those by leaf path, in the shape of its spec."""
-    importances = {}
-    for leaf in entry.leaves:
-        found = calibration.get(leaf.path)
-        if found is not None and found.importance is not None:
-            importances[leaf.path] = found.importance
-    if not importances:
-        return None
+    own = {leaf.path: calibration[leaf.path] for leaf in entry.leaves if leaf.path in calibration}
+    inputs = None if isinstance(entry, SharedEntry) or not own else own[entry.name].inputs
+    given = {path: one.importance for path, one in own.items() if one.importance is not None}
+    if not given:
+        return None if inputs is None else Calibration(inputs=inputs)
     ones = {leaf.path: jnp.ones(leaf.shape) for leaf in entry.leaves}
-    return Calibration(importance=entry.gather(ones | importances))
+    return Calibration(entry.gather(ones | given), inputs)
 
 
-def check_importance(path: str, shape: tuple[int, ...], calibration: Calibration) -> None:
-    """Raises ValueError, naming the leaf, if an importance does not fit it."""
+def check_calibration(spec: LeafSpec, calibration: Calibration) -> None:
+    """Raises ValueError, naming the leaf, if a calibration does not fit it."""
+    if calibration.inputs is not None:
+        calibration.inputs.check(spec)
+        if not _finite(calibration.inputs.matrix):
+            raise ValueError(
+                f"calibration of leaf '{spec.path}': the moments of its inputs are not finite"
+            )
     importance = calibration.importance
     if importance is None:
         return
-    if importance.shape != shape:
+    if importance.shape != spec.shape:
         raise ValueError(
-            f"calibration of leaf '{path}': the importance has shape {importance.shape}, the leaf "
-            f"{shape}: give one number an element"
+            f"calibration of leaf '{spec.path}': the importance has shape {importance.shape}, the "
+            f"leaf {spec.shape}: give one number an element"
         )
     if isinstance(importance, Tracer):
         return
-    if not bool(jnp.all(jnp.isfinite(importance) & (importance >= 0)) & jnp.any(importance > 0)):
+    if not (_finite(importance) and bool(jnp.all(importance >= 0) & jnp.any(importance > 0))):
         raise ValueError(
-            f"calibration of leaf '{path}': the importance must be finite, nowhere negative and "
-            "somewhere positive"
+            f"calibration of leaf '{spec.path}': the importance must be finite, nowhere negative "
+            "and somewhere positive"
         )
+
+
+def _finite(array: Float[Array, "..."]) -> bool:
+    return isinstance(array, Tracer) or bool(jnp.all(jnp.isfinite(array)))
 
 
 def match_rules(recipe: Recipe, specs: Mapping[str, LeafSpec]) -> dict[str, Rule]:

@@ -17,7 +17,7 @@ from ssvq_jax.bits import BitsTable, bits_table
 from ssvq_jax.entries import (
     Entry,
     bind_rules,
-    check_importance,
+    check_calibration,
     gather_calibration,
     match_rules,
 )
@@ -83,8 +83,9 @@ class Plan:
         unknown = sorted(set(calibration) - self.compressed)
         if unknown:
             raise ValueError(f"calibration for {unknown}, which this plan does not compress")
+        specs = {leaf.path: leaf for leaf in self.leaves}
         for path, found in calibration.items():
-            check_importance(path, arrays[path].shape, found)
+            check_calibration(specs[path], found)
         learned, fixed = {}, {}
         for leaf in (leaf for entry in self.entries for leaf in entry.leaves):
             _check_finite(leaf.path, arrays[leaf.path])

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ssvq_jax.quantizers.base import Calibration, Encoded, Quantizer, Storage, Stream
+from ssvq_jax.quantizers.base import Encoded, Quantizer, Storage, Stream
+from ssvq_jax.quantizers.calibration import Calibration, InputMoments
 from ssvq_jax.quantizers.masked import Masked, MaskedSignSplit
 from ssvq_jax.quantizers.sign_split import SignSplit
 from ssvq_jax.quantizers.uniform import Uniform
@@ -53,6 +54,7 @@ __all__ = [
     "METHODS",
     "Calibration",
     "Encoded",
+    "InputMoments",
     "Masked",
     "MaskedSignSplit",
     "Quantizer",

@@ -7,7 +7,6 @@ method never sees a stacked axis. Every function is jit-able with the record and
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from ssvq_jax.bitstream import bytes_of
+from ssvq_jax.quantizers.calibration import Calibration
 from ssvq_jax.tree import LeafSpec
 
 Fields = Mapping[str, Any]
@@ -35,18 +35,6 @@ class Encoded(NamedTuple):
 
     learned: dict[str, Array]
     fixed: dict[str, Array]
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["importance"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What data say about a weight.
-
-    Attributes:
-        importance: non-negative weight of every element's squared error, of the leaf's shape.
-    """
-
-    importance: Float[Array, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +141,7 @@ class Quantizer(abc.ABC):
             key: typed PRNG key.
             weight: the leaf, of shape ``spec.shape``.
             spec: description of the leaf.
-            calibration: what data say about it, arrays of the leaf's shape.
+            calibration: what data say about it.
 
         Returns:
             Learned and fixed arrays; those of a stacked leaf carry its leading axes.
@@ -163,7 +151,9 @@ class Quantizer(abc.ABC):
             return self.slice_init(key, weight, spec, calibration)
         one = spec.slice_spec()
         lead = spec.shape[: spec.stacked]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *one.shape), (weight, calibration))
+        flat = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[spec.stacked :]), (weight, calibration)
+        )
         keys = jax.random.split(key, spec.slices)
 
         def encode(key: Key[Array, ""], slices: tuple[Array, Calibration | None]) -> Encoded:

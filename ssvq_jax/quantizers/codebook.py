@@ -13,7 +13,6 @@ from ssvq_jax.blocks import BlockLayout, block_layout
 from ssvq_jax.clustering import assign, kmeans
 from ssvq_jax.quantizers.base import (
     MOST_AXES,
-    Calibration,
     Fields,
     Quantizer,
     Storage,
@@ -24,6 +23,7 @@ from ssvq_jax.quantizers.base import (
     round_scale,
     straight_through,
 )
+from ssvq_jax.quantizers.calibration import Calibration, importance_of
 from ssvq_jax.tree import LeafSpec
 
 CodebookDtype = Literal["int8", "float16", "float32"]
@@ -236,14 +236,3 @@ def _int8(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Arr
     scale = jax.lax.reduce_precision(scale, 8, 7)
     levels = jnp.clip(jnp.round(codebook / scale), -_INT8_MAX, _INT8_MAX)
     return levels, scale
-
-
-def importance_of(calibration: Calibration | None) -> Float[Array, "..."] | None:
-    """Importance of every element, or None where there is no calibration.
-
-    Of a slice without any importance (an expert that saw no data) all elements count alike.
-    """
-    if calibration is None or calibration.importance is None:
-        return None
-    given = calibration.importance.astype(jnp.float32)
-    return jnp.where(jnp.any(given > 0), given, jnp.ones_like(given))

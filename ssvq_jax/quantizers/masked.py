@@ -6,8 +6,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from ssvq_jax.quantizers.base import Calibration, Encoded, Fields, Storage, Stream
-from ssvq_jax.quantizers.codebook import CodebookQuantizer, importance_of
+from ssvq_jax.quantizers.base import Encoded, Fields, Storage, Stream
+from ssvq_jax.quantizers.calibration import Calibration, importance_of
+from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.quantizers.pattern import Pattern
 from ssvq_jax.quantizers.sign_split import SignedCodebook
 from ssvq_jax.tree import LeafSpec

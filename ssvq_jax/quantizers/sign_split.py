@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from ssvq_jax.quantizers.base import (
-    Calibration,
     Encoded,
     Fields,
     Storage,
@@ -16,6 +15,7 @@ from ssvq_jax.quantizers.base import (
     check_flag,
     straight_through,
 )
+from ssvq_jax.quantizers.calibration import Calibration
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.tree import LeafSpec
 

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from ssvq_jax.quantizers.base import (
     MOST_AXES,
-    Calibration,
     Encoded,
     Fields,
     Quantizer,
@@ -23,6 +22,7 @@ from ssvq_jax.quantizers.base import (
     round_scale,
     straight_through,
 )
+from ssvq_jax.quantizers.calibration import Calibration, importance_of
 from ssvq_jax.tree import LeafSpec
 
 _SMALLEST_STEP = 2.0**-60  # its square is still a float32, so gradients stay finite
@@ -86,9 +86,8 @@ class Uniform(Quantizer):
     ) -> Encoded:
         """Searches the steps by squared error; the latent weights begin at W."""
         values = self._columns(weight, spec)
-        importance = jnp.ones_like(values)
-        if calibration is not None and calibration.importance is not None:
-            importance = self._columns(calibration.importance, spec)
+        given = importance_of(calibration)
+        importance = jnp.ones_like(values) if given is None else self._columns(given, spec)
         low, high = self.range
         full = jnp.max(jnp.abs(values), axis=0) / high
 

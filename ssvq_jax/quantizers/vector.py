@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float, Key
 
-from ssvq_jax.quantizers.base import Calibration, Encoded, Fields, Storage
+from ssvq_jax.quantizers.base import Encoded, Fields, Storage
+from ssvq_jax.quantizers.calibration import Calibration
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.tree import LeafSpec
 
