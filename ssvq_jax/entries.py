@@ -122,10 +122,9 @@ class SharedEntry(Entry):
         Yields:
             The leaf, the method as it would be for this leaf alone, and its fields.
         """
-        start = 0
-        for layout, leaf in zip(self._layouts(), self.leaves, strict=True):
-            part = slice(start, start + layout.count)
-            start += layout.count
+        pieces = self.pieces()
+        for leaf in self.leaves:
+            part, layout = pieces[leaf.path]
             own: dict[str, Any] = {}
             for name, field in fields.items():
                 if name.startswith("codebook"):
@@ -135,6 +134,14 @@ class SharedEntry(Entry):
                 else:
                     own[name] = field[part]
             yield leaf, dataclasses.replace(self.quantizer, axis=self.axis), own
+
+    def pieces(self) -> dict[str, tuple[slice, BlockLayout]]:
+        """Says by leaf path which sub-vectors are a leaf's, and how it is cut into them."""
+        start, found = 0, {}
+        for layout, leaf in zip(self._layouts(), self.leaves, strict=True):
+            found[leaf.path] = slice(start, start + layout.count), layout
+            start += layout.count
+        return found
 
     def _layouts(self) -> list[BlockLayout]:
         quantizer = dataclasses.replace(self.quantizer, axis=self.axis)

@@ -78,7 +78,7 @@ class Plan:
             ValueError: if the tree is not the plan's, a compressed leaf holds NaN or infinity, or a
                 calibration does not fit its leaf.
         """
-        arrays = self._matching_leaves(params)
+        arrays = self.matching_leaves(params)
         calibration = dict(calibration or {})
         unknown = sorted(set(calibration) - self.compressed)
         if unknown:
@@ -199,7 +199,12 @@ class Plan:
             raise ValueError(f"not a plan: a leaf needs path, shape and dtype ({error})") from None
         return _bind(recipe_from_json(data["recipe"]), specs)
 
-    def _matching_leaves(self, params: PyTree) -> dict[str, Any]:
+    def matching_leaves(self, params: PyTree) -> dict[str, Any]:
+        """Lists the leaves of the tree the plan was made for, by leaf path.
+
+        Raises:
+            ValueError: naming a leaf, if it is another tree.
+        """
         arrays = tree.leaves_by_path(params)
         found = tree.leaf_specs(params)
         for leaf in self.leaves:

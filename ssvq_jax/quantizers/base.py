@@ -116,6 +116,22 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """How one slice may be cut into parts that `Quantizer.slice_requantize` encodes alone.
+
+    Attributes:
+        dim: weights of a sub-vector, which stay together; 1 where every weight has its own code.
+        axis: the axis that sub-vectors run along.
+        channels: axis of the learned fields that hold a number for each of its places; they are cut
+            with it.
+    """
+
+    dim: int = 1
+    axis: int = 0
+    channels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Quantizer(abc.ABC):
     """A compression method with its hyper-parameters.
 
@@ -247,6 +263,44 @@ class Quantizer(abc.ABC):
     @abc.abstractmethod
     def slice_unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:
         """Inverts ``slice_pack``."""
+
+    def slice_parts(self, spec: LeafSpec) -> Parts:
+        """How one slice may be cut into parts for `slice_requantize`.
+
+        Raises:
+            ValueError: naming the leaf, if the method encodes weights as a whole only.
+        """
+        raise self._whole_only(spec)
+
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Encodes one slice, or a part of it, with the codebooks, steps and scales there are.
+
+        Codes, masks, signs and latents are chosen anew, the nearest to ``weight``; a part has those
+        that it would have in the slice. Methods that have it say so by `slice_parts`.
+
+        Args:
+            weight: of shape ``spec.shape`` and dtype ``spec.dtype``.
+            learned: codebooks, steps and scales; those that `Parts.channels` names are those of
+                this part. What belongs to single weights is not read.
+            spec: description of the part.
+            calibration: importance of its elements; only what it is within a sub-vector counts.
+
+        Raises:
+            ValueError: naming the leaf, if the method encodes weights as a whole only.
+        """
+        raise self._whole_only(spec)
+
+    def _whole_only(self, spec: LeafSpec) -> ValueError:
+        return ValueError(
+            f"leaf '{spec.path}': weights of method '{self.method}' cannot be encoded in parts: "
+            "choose another method, or leave the leaf out"
+        )
 
 
 def _over_slices(function: Callable[[Any], Any], stacked: int) -> Callable[[Any], Any]:

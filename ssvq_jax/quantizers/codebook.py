@@ -13,7 +13,9 @@ from ssvq_jax.blocks import BlockLayout, block_layout
 from ssvq_jax.clustering import assign, kmeans
 from ssvq_jax.quantizers.base import (
     MOST_AXES,
+    Encoded,
     Fields,
+    Parts,
     Quantizer,
     Storage,
     Stream,
@@ -137,18 +139,7 @@ class CodebookQuantizer(Quantizer):
         Returns:
             The codebook (float32) and the codes, which are nearest to the codebook as stored.
         """
-        layout = self.layout(spec)
-        points = layout.split(values.astype(jnp.float32))
-        weights = importance_of(calibration)
-        if self.channel_scale:
-            squared = self.per_channel(jnp.square(scales["scale"]), values.ndim)
-            squared = squared / jnp.max(squared)
-            weights = squared * (jnp.ones_like(values) if weights is None else weights)
-        if weights is not None:
-            weights = layout.split(weights)
-        mask = layout.real()
-        if kept is not None:
-            mask = kept if mask is None else kept & mask
+        points, weights, mask = self._points(values, spec, calibration, scales, kept)
         result = kmeans(
             key,
             points,
@@ -160,6 +151,59 @@ class CodebookQuantizer(Quantizer):
         stored = self.stored_codebook(result.centroids)
         codes = assign(points, stored, weights=weights, mask=mask)
         return result.centroids, codes.astype(number_dtype(self.code_width))
+
+    def slice_parts(self, spec: LeafSpec) -> Parts:
+        """Whole sub-vectors; channel scales are cut with their axis."""
+        channels = {"scale": self.channel_axis} if self.channel_scale else {}
+        return Parts(self.dim, self.layout(spec).axis, channels)
+
+    def recode(
+        self,
+        values: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+        kept: Bool[Array, "n d"] | None = None,
+    ) -> Encoded:
+        """Finds the nearest codewords of the codebook there is.
+
+        Args:
+            values: of the weight's shape, before they are divided by the channel scales.
+            learned: codebook and channel scales, which are returned as they are.
+            spec: description of the slice, or of a part of it.
+            calibration: importance of the weight's elements.
+            kept: False for what has no part in it, by sub-vector; all have by default.
+        """
+        taken = {name: learned[name] for name in ("codebook", "scale") if name in learned}
+        values = values.astype(jnp.float32)
+        if self.channel_scale:
+            scale = self.per_channel(round_scale(learned["scale"]), values.ndim)
+            values = values / jnp.where(scale == 0, jnp.ones_like(scale), scale)
+        points, weights, mask = self._points(values, spec, calibration, learned, kept)
+        stored = self.stored_codebook(learned["codebook"])
+        codes = assign(points, stored, weights=weights, mask=mask)
+        return Encoded(taken, {"codes": codes.astype(number_dtype(self.code_width))})
+
+    def _points(
+        self,
+        values: Float[Array, "..."],
+        spec: LeafSpec,
+        calibration: Calibration | None,
+        scales: Fields,
+        kept: Bool[Array, "n d"] | None,
+    ) -> tuple[Float[Array, "n d"], Float[Array, "n d"] | None, Bool[Array, "n d"] | None]:
+        """The sub-vectors, their elements' weights and their mask, as clustering takes them."""
+        layout = self.layout(spec)
+        weights = importance_of(calibration)
+        if self.channel_scale:
+            squared = self.per_channel(jnp.square(scales["scale"]), values.ndim)
+            squared = squared / jnp.max(squared)
+            weights = squared * (jnp.ones_like(values) if weights is None else weights)
+        mask = layout.real()
+        if kept is not None:
+            mask = kept if mask is None else kept & mask
+        points = layout.split(values.astype(jnp.float32))
+        return points, None if weights is None else layout.split(weights), mask
 
     def stored_codebook(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
         """The codebook as the file holds it, straight-through."""

@@ -100,6 +100,18 @@ class Masked(MaskedCodebook):
         codebook, codes = self.cluster(key, values, spec, calibration, learned, mask)
         return Encoded({**learned, "codebook": codebook}, {"codes": codes, "mask": mask})
 
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Prunes W anew, and finds the nearest codewords of what is kept."""
+        mask = self.choose(weight, spec, calibration)
+        codes = self.recode(weight, learned, spec, calibration, mask)
+        return Encoded(codes.learned, {**codes.fixed, "mask": mask})
+
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q = m * C[A]."""
         values = self.look_up(learned, fixed, spec)
@@ -157,6 +169,21 @@ class MaskedSignSplit(MaskedCodebook, SignedCodebook):
         return Encoded(
             {**learned, **signs.learned, "codebook": codebook},
             {**signs.fixed, "codes": codes, "mask": mask},
+        )
+
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Prunes W anew; the nearest codewords to |W| of what is kept; L = alpha * W."""
+        mask = self.choose(weight, spec, calibration)
+        codes = self.recode(jnp.abs(weight), learned, spec, calibration, mask)
+        signs = self.encode_signs(weight, spec)
+        return Encoded(
+            {**codes.learned, **signs.learned}, {**codes.fixed, **signs.fixed, "mask": mask}
         )
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:

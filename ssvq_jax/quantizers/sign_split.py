@@ -127,6 +127,18 @@ class SignSplit(SignedCodebook):
             {**learned, "codebook": codebook, **signs.learned}, {"codes": codes, **signs.fixed}
         )
 
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """The nearest codewords to |W|; L = alpha * W."""
+        codes = self.recode(jnp.abs(weight), learned, spec, calibration)
+        signs = self.encode_signs(weight, spec)
+        return Encoded({**codes.learned, **signs.learned}, {**codes.fixed, **signs.fixed})
+
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q = C[A] * sign(L)."""
         return self.rescale(

@@ -13,6 +13,7 @@ from ssvq_jax.quantizers.base import (
     MOST_AXES,
     Encoded,
     Fields,
+    Parts,
     Quantizer,
     Storage,
     Stream,
@@ -99,6 +100,20 @@ class Uniform(Quantizer):
         shares = jnp.arange(1, _CANDIDATES + 1, dtype=jnp.float32) / _CANDIDATES
         best = shares[jnp.argmin(jax.lax.map(error, shares), axis=0)]
         return Encoded({"latent": weight, "step": _positive(full * best)}, {})
+
+    def slice_parts(self, spec: LeafSpec) -> Parts:
+        """Any part; steps are cut with their axis."""
+        return Parts(channels={"step": self.channel_axis} if self.per_channel else {})
+
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """The latent weights begin anew at W."""
+        return Encoded({"latent": weight, "step": learned["step"]}, {})
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q, with LSQ's gradients."""

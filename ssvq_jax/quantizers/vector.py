@@ -44,6 +44,16 @@ class Vector(CodebookQuantizer):
         codebook, codes = self.cluster(key, values, spec, calibration, learned)
         return Encoded({**learned, "codebook": codebook}, {"codes": codes})
 
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """The nearest codewords."""
+        return self.recode(weight, learned, spec, calibration)
+
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q = C[A]."""
         return self.rescale(self.look_up(learned, fixed, spec), learned)

@@ -77,7 +77,7 @@ def test_other_nodes_come_back_in_the_structure_of_like(other, tmp_path):
             with pytest.raises(ValueError, match=rf"nodes of type .*\.{kind}: give .*like=params"):
                 give_back()
         for path in ssvq_jax.tree.leaves_by_path(params):  # these need no structure
-            assert file.leaf(path).shape == file.plan._matching_leaves(params)[path].shape
+            assert file.leaf(path).shape == file.plan.matching_leaves(params)[path].shape
         file.verify()
 
 
