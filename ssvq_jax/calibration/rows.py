@@ -18,6 +18,7 @@ of which sub-vectors see the diagonal: their elements weigh (R_BB R_BB^T)_ii.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,11 +102,6 @@ class Walk:
     importance: Float[Array, "..."] | None
     damping: Float[Array, ""]
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """The importance as `Quantizer.slice_requantize` takes it."""
-        return None if self.importance is None else Calibration(self.importance)
-
 
 def walk(
     quantizer: Quantizer,
@@ -160,13 +156,13 @@ def walk(
         values = quantizer.slice_decode(*encoded, part).astype(jnp.float32)
         return target, _rounded(input_rows(values, groups.axes), spec.dtype)
 
-    def visit_block(errors: Array, given: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def visit_block(errors: Array, given: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
         start, own_rows, back, weights, own = given
         # Errors of this block and of later ones are still zero.
         base = own_rows + jnp.matmul(back, errors, precision=_EXACT)
         inner = lax.dynamic_slice_in_dim(back, start, most, axis=1)
 
-        def visit(found: Array, group: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        def visit(found: Array, group: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
             place, original, base, back, weights, own = group
             target, values = encode(base + jnp.matmul(back, found, precision=_EXACT), own, weights)
             found = lax.dynamic_update_slice_in_dim(found, original - values, place, axis=0)
