@@ -156,6 +156,11 @@ def share_entry(name: str, members: list[tuple[Rule, LeafSpec]]) -> SharedEntry:
             f"share='{name}': {quantizer} has no codebook to share, or scales every channel: use a "
             "codebook method with channel_scale=False"
         )
+    if not quantizer.separable:
+        raise ValueError(
+            f"share='{name}': {quantizer} codes some channels of each leaf apart, so that leaves "
+            "cannot be joined: give every leaf a codebook of its own, or use Vector"
+        )
     leaves = tuple(spec for _, spec in members)
     joined = dataclasses.replace(quantizer, axis=-1)
     return SharedEntry(name, joined, leaves, quantizer.axis)
