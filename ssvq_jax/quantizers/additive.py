@@ -16,7 +16,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float32, Int32
 
-from ssvq_jax.quantizers.codebook import CodebookQuantizer
+from ssvq_jax.quantizers.codebook import CodebookDtype, round_codebook
 
 _BEAM = 8  # sums of codewords that are followed up
 _ROUNDS = 20  # at most
@@ -72,9 +72,9 @@ class _Course(NamedTuple):
     rounds: Int32[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=3)
 def refine(
-    quantizer: CodebookQuantizer, problem: Problem, codebooks: Codebooks, codes: Codes
+    problem: Problem, codebooks: Codebooks, codes: Codes, codebook_dtype: CodebookDtype
 ) -> tuple[Codebooks, Codes]:
     """Improves codes and codebooks in turn until a round gains less than a hundredth.
 
@@ -84,29 +84,28 @@ def refine(
     with the codebooks as they are stored.
 
     Args:
-        quantizer: says how codebooks are stored.
         problem: weight, moments and scales.
         codebooks: to begin with.
         codes: to begin with.
+        codebook_dtype: what codebooks are stored in.
 
     Returns:
         Codebooks, before they are rounded for storage, and codes.
     """
-    # The objective is a product of two squares: bring both to where float32 holds them.
-    unit = _power_of_two(jnp.max(jnp.abs(problem.target)) / jnp.max(problem.scale))
-    diagonal = jnp.diagonal(problem.moments)
-    problem = problem._replace(
-        target=problem.target / unit, moments=problem.moments / _power_of_two(jnp.max(diagonal))
+    # Squares of all are multiplied: powers of two bring them to where float32 holds that.
+    largest = jnp.max(problem.scale)
+    unit, outer = _power_of_two(jnp.max(jnp.abs(problem.target)) / largest), _power_of_two(largest)
+    problem = Problem(
+        problem.target / outer / unit,
+        problem.moments / _power_of_two(jnp.max(jnp.diagonal(problem.moments))),
+        problem.scale / outer,
     )
     codebooks = jax.tree.map(lambda x: x / unit, codebooks)
 
     def stored(codebooks: Codebooks) -> Codebooks:
-        base, extended = jax.tree.map(lambda x: x * unit, codebooks)
-        base, extended = (
-            quantizer.stored_codebook(base),
-            jax.vmap(quantizer.stored_codebook)(extended),
-        )
-        return jax.tree.map(lambda x: x / unit, Codebooks(base, extended))
+        rounded = functools.partial(round_codebook, codebook_dtype=codebook_dtype)
+        base, extended = codebooks
+        return Codebooks(rounded(base * unit) / unit, jax.vmap(rounded)(extended * unit) / unit)
 
     def proceeds(course: _Course) -> Bool[Array, ""]:
         return (course.now < (1 - _LEAST_GAIN) * course.before) & (course.rounds < _ROUNDS)

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import jax.scipy as jsp
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from ssvq_jax.bitstream import number_dtype
@@ -15,22 +14,26 @@ from ssvq_jax.blocks import BlockLayout, block_layout
 from ssvq_jax.clustering import assign, kmeans
 from ssvq_jax.quantizers.additive import Codebooks, Codes, Problem, refine
 from ssvq_jax.quantizers.base import Encoded, Fields, Storage, Stream, check_integer
-from ssvq_jax.quantizers.calibration import Calibration, importance_of, input_rows
+from ssvq_jax.quantizers.calibration import Calibration, input_rows
+from ssvq_jax.quantizers.channels import (
+    ChannelImportance,
+    channel_importance,
+    channel_moments,
+    element_weights,
+)
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.tree import LeafSpec
 
-ChannelImportance = Literal["diagonal", "inverse"]
 ChannelOrder = Literal["critical", "importance"]
-_DAMPING = 0.01  # of the moments' mean diagonal, added to it before inversion
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelRelaxed(CodebookQuantizer):
     """CRVQ: VQ along input channels, with further codebooks for the critical ones.
 
-    Input channels are sorted by importance, and sub-vectors are groups of d consecutive ones of
-    this order, of one output. All have a codeword of the base codebook C, those of the first
-    floor(critical * c / d) groups besides one of each extended codebook E_m:
+    Sub-vectors are d consecutive input channels of one output, after the most important channels
+    were moved to the front. All have a codeword of the base codebook C, those of the first
+    floor(critical * c / d) groups of channels besides one of each extended codebook E_m:
 
         W_q = s * (C[A] + sum over m of E_m[B_m])
 
@@ -39,7 +42,7 @@ class ChannelRelaxed(CodebookQuantizer):
     (`Calibration.inputs`); see `ssvq_jax.quantizers.additive`. Codebooks and scales are then
     fine-tuned; codes and order stay. Without moments H is diagonal: the mean importance of each
     channel, or ones. Stored: ceil(log2 k)/d bits a weight, m * ceil(log2 r)/d a critical weight,
-    the order (ceil(log2 c) bits a channel), the codebooks and scales.
+    the order, the codebooks and scales.
 
     A leaf with fewer than d/critical input channels has no critical ones, and is encoded as
     `Vector` would be, in its own order and whatever the moments.
@@ -55,6 +58,8 @@ class ChannelRelaxed(CodebookQuantizer):
         extended_codewords: r, rows of an extended codebook; as many as there are critical
             sub-vectors, where those are fewer.
         importance: how a channel's importance is measured, see `channel_importance`.
+        order: ``"critical"`` moves critical channels to the front, a bit a channel; by
+            ``"importance"`` all are sorted, as in the paper, ceil(log2 c) bits a channel.
         channel_scale: see `CodebookQuantizer`; the paper's scales, and so the default here.
 
     Example:
@@ -144,48 +149,42 @@ class ChannelRelaxed(CodebookQuantizer):
         calibration: Calibration | None,
     ) -> Encoded:
         """VQ, importance of channels, VQ in their order, residual VQ, refinement."""
-        axis = self.layout(spec).axis
-        if calibration is not None and calibration.inputs is not None:
-            self._check_axes(calibration.inputs.axes, spec)
-        values, scales = self.unscale(weight.astype("float32"))
+        layout = self.layout(spec)
+        axis, outputs = layout.axis, spec.size // spec.shape[layout.axis]
+        moments = channel_moments(calibration, spec, axis)
+        weight = weight.astype("float32")
+        values, scales = self.unscale(weight)
         codebook, codes = self.cluster(key, values, spec, calibration, scales)
-        plain = Encoded({**scales, "codebook": codebook}, {"codes": codes})
+        plain = {**scales, "codebook": codebook}, {"codes": codes}
         if not self.critical_groups(spec):
-            return plain
+            return Encoded(*plain)
 
-        moments = self._moments(calibration, spec)
-        error = weight.astype("float32") - self.rescale(
-            self.look_up(plain.learned, plain.fixed, spec), plain.learned
-        )
+        error = weight - self.rescale(self.look_up(*plain, spec), scales)
         importance = channel_importance(input_rows(error, (axis,)), moments, self.importance)
         ordering = self._encode_order(importance, spec)
-        places = self._places(ordering, spec)
-        order = jnp.argsort(places, stable=True)
+        order = jnp.argsort(self._places(ordering, spec), stable=True)
         values = jnp.take(values, order, axis)
-        moments = moments[order][:, order]
-        weights = self._element_weights(calibration, moments, order, spec)
+        weights = jnp.take(element_weights(calibration, moments, spec, axis), order, axis)
         codebook, codes = self.cluster(key, values, spec, Calibration(weights), scales)
-        base = {"codebook": codebook}, {"codes": codes}
-        extended, extended_codes = self._residual(key, values, weights, base, spec)
 
-        layout = self.layout(spec)
-        outputs = spec.size // spec.shape[axis]
-        scale = jnp.ones(spec.shape)
-        scale = self.rescale(scale, scales) if self.channel_scale else scale
+        scale = self.rescale(jnp.ones(spec.shape), scales)
+        left = values - self.look_up({"codebook": codebook}, {"codes": codes}, spec)
+        weights = weights * jnp.square(scale / jnp.max(scale))
+        extended, extended_codes = self._residual(key, left, weights, spec)
         scale = input_rows(scale, (axis,))[0]
         problem = Problem(
             layout.split(values).reshape(outputs, -1) * scale[:, None],
-            jnp.pad(moments, (0, layout.padding)),
+            jnp.pad(moments[order][:, order], (0, layout.padding)),
             scale,
         )
         codebooks, found = refine(
-            self,
             problem,
             Codebooks(codebook, extended),
             Codes(
                 codes.reshape(outputs, -1).astype(jnp.int32),
                 extended_codes.reshape(self.extended, outputs, -1),
             ),
+            self.codebook_dtype,
         )
         learned = {"codebook": codebooks.base, "extended_codebook": codebooks.extended}
         fixed = {
@@ -207,7 +206,7 @@ class ChannelRelaxed(CodebookQuantizer):
             for m in range(self.extended):
                 first = first + cut.join(books[m][fixed["extended_codes"][m]])
             values = jnp.concatenate([first, rest], axis)
-            values = jnp.take(values, self._places(fixed, spec), axis)
+            values = jnp.take(values, self._places(fixed, spec), axis, mode="clip")
         return self.rescale(values, learned)
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
@@ -225,7 +224,7 @@ class ChannelRelaxed(CodebookQuantizer):
         fields = self.codebook_pack(learned, fixed)
         if not self.critical_groups(spec):
             return fields
-        packed = jax.vmap(lambda book: self.pack_codebook(book))(learned["extended_codebook"])
+        packed = jax.vmap(self.pack_codebook)(learned["extended_codebook"])
         return {
             **fields,
             **{f"extended_{name}": field for name, field in packed.items()},
@@ -286,104 +285,24 @@ class ChannelRelaxed(CodebookQuantizer):
         rest = jnp.cumsum(1 - critical) + self.critical_groups(spec) * self.dim
         return jnp.where(critical == 1, jnp.cumsum(critical), rest) - 1
 
-    def _check_axes(self, axes: tuple[int, ...], spec: LeafSpec) -> None:
-        """Raises ValueError, naming the leaf, unless inputs run along the axis of the channels."""
-        axis = self.layout(spec).axis
-        if axes != (axis,):
-            raise ValueError(
-                f"leaf '{spec.path}' of shape {spec.shape}: the moments are those of inputs along "
-                f"axes {axes}, but axis={self.axis}: choose axis={axes[0]}"
-                if len(axes) == 1
-                else f"leaf '{spec.path}' of shape {spec.shape}: the moments are those of inputs "
-                f"along axes {axes}, but channels are those of one axis: give no moments"
-            )
-
-    def _moments(self, calibration: Calibration | None, spec: LeafSpec) -> Float32[Array, "c c"]:
-        """H, or the mean importance of each channel on its diagonal."""
-        axis = self.layout(spec).axis
-        importance = importance_of(calibration)
-        if calibration is not None and calibration.inputs is not None:
-            given = calibration.inputs.matrix.astype(jnp.float32)
-            seen = jnp.any(jnp.diagonal(given) > 0)  # an expert may have seen no data
-            return jnp.where(seen, given, jnp.eye(len(given)))
-        if importance is None:
-            return jnp.eye(spec.shape[axis])
-        return jnp.diag(jnp.mean(input_rows(importance, (axis,)), axis=1))
-
-    def _element_weights(
-        self,
-        calibration: Calibration | None,
-        moments: Float32[Array, "c c"],
-        order: Int32[Array, " c"],
-        spec: LeafSpec,
-    ) -> Float32[Array, "..."]:
-        """What an element's squared error weighs in k-means: its importance, else H's diagonal."""
-        axis = self.layout(spec).axis
-        importance = importance_of(calibration)
-        if importance is not None:
-            return jnp.take(importance, order, axis)
-        shape = [1] * len(spec.shape)
-        shape[axis] = -1
-        return jnp.broadcast_to(jnp.diagonal(moments).reshape(shape), spec.shape)
-
     def _residual(
         self,
         key: Key[Array, ""],
-        values: Float32[Array, "..."],
+        left: Float32[Array, "..."],
         weights: Float32[Array, "..."],
-        base: tuple[Fields, Fields],
         spec: LeafSpec,
     ) -> tuple[Float32[Array, "m r d"], Int32[Array, "m n"]]:
         """Clusters what is left of the critical sub-vectors, codebook after codebook."""
         cut, axis = self.critical_layout(spec), self.layout(spec).axis
-
-        def critical(array: Array) -> Array:
-            return cut.split(jnp.split(array, [cut.shape[axis]], axis)[0])
-
-        left, weights = critical(values - self.look_up(*base, spec)), critical(weights)
-        books, codes = [], []
+        left, weights = (
+            cut.split(jnp.split(array, [cut.shape[axis]], axis)[0]) for array in (left, weights)
+        )
+        rows, books, codes = self.extended_rows(spec), [], []
         for m in range(self.extended):
-            result = kmeans(
-                jax.random.fold_in(key, m),
-                left,
-                self.extended_rows(spec),
-                iterations=self.iterations,
-                weights=weights,
-            )
+            own = jax.random.fold_in(key, m)
+            result = kmeans(own, left, rows, iterations=self.iterations, weights=weights)
             book = self.stored_codebook(result.centroids)
             codes.append(assign(left, book, weights=weights))
             books.append(result.centroids)
             left = left - book[codes[-1]]
         return jnp.stack(books), jnp.stack(codes)
-
-
-def channel_importance(
-    error: Float[Array, "c o"], moments: Float[Array, "c c"], formula: ChannelImportance
-) -> Float[Array, " c"]:
-    """Measures how much the error of each input channel matters.
-
-    With r_ij the error of input channel i for output j:
-
-    - ``"diagonal"``, the authors' code: mean over j of r_ij^2 times H_ii;
-    - ``"inverse"``, the paper: max over j of r_ij^2 / (2 [H^-1]_ii).
-
-    Args:
-        error: of a first quantization.
-        moments: H, mean x^T x of the layer's inputs x.
-        formula: which one.
-
-    Returns:
-        The importance of every channel.
-
-    Example:
-        >>> moments = jnp.diag(jnp.array([1.0, 4.0]))
-        >>> channel_importance(jnp.array([[3.0, 1.0], [2.0, 0.0]]), moments, "diagonal").tolist()
-        [5.0, 8.0]
-    """
-    squared = jnp.square(error)
-    if formula == "diagonal":
-        return jnp.mean(squared, axis=1) * jnp.diagonal(moments)
-    damping = _DAMPING * jnp.mean(jnp.diagonal(moments))
-    damped = moments + damping * jnp.eye(len(moments))
-    inverse = jsp.linalg.cho_solve(jsp.linalg.cho_factor(damped), jnp.eye(len(moments)))
-    return jnp.max(squared, axis=1) / (2 * jnp.diagonal(inverse))

@@ -166,12 +166,7 @@ class CodebookQuantizer(Quantizer):
 
     def stored_codebook(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
         """The codebook as the file holds it, straight-through."""
-        if self.codebook_dtype == "float32":
-            return codebook
-        if self.codebook_dtype == "float16":
-            return straight_through(jax.lax.reduce_precision(codebook, 5, 10), codebook)
-        levels, scale = _int8(codebook)
-        return straight_through(levels * scale, codebook)
+        return round_codebook(codebook, self.codebook_dtype)
 
     def look_up(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """C[A] as an array of the weight's shape, before signs and channel scales."""
@@ -233,6 +228,18 @@ class CodebookQuantizer(Quantizer):
         if self.codebook_dtype == "int8":
             codebook = codebook * fields["codebook_scale"].astype(jnp.float32)
         return codebook
+
+
+def round_codebook(
+    codebook: Float[Array, "k d"], codebook_dtype: CodebookDtype
+) -> Float[Array, "k d"]:
+    """Rounds a codebook to what is stored, straight-through."""
+    if codebook_dtype == "float32":
+        return codebook
+    if codebook_dtype == "float16":
+        return straight_through(jax.lax.reduce_precision(codebook, 5, 10), codebook)
+    levels, scale = _int8(codebook)
+    return straight_through(levels * scale, codebook)
 
 
 def _int8(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:

@@ -63,24 +63,20 @@ CASES = {
     "channel relaxed": ChannelRelaxed(
         codewords=8, dim=4, axis=-2, critical=0.5, extended=2, extended_codewords=4, iterations=5
     ),
-    "channel relaxed, float16, importance of the paper": ChannelRelaxed(
+    "channel relaxed padded, as in the paper": ChannelRelaxed(
         codewords=7,
-        dim=2,
+        dim=3,
         axis=-2,
-        critical=0.3,
+        pad=True,
+        critical=0.4,
         extended=1,
         extended_codewords=5,
         iterations=5,
         codebook_dtype="float16",
         channel_scale=False,
         importance="inverse",
-    ),
-    "channel relaxed padded": ChannelRelaxed(
-        codewords=8, dim=3, axis=-2, pad=True, critical=0.4, extended_codewords=4, iterations=5
-    ),
-    "channel relaxed, none critical": ChannelRelaxed(
-        codewords=8, dim=4, axis=-2, critical=0.0, iterations=5
-    ),
+        order="importance",
+    ),  # fmt: skip
     "uniform 2 bit": Uniform(bits=2),
     "uniform 4 bit, axes as in Equinox": Uniform(bits=4, channel_axis=0),
     "uniform 8 bit a tensor": Uniform(bits=8, per_channel=False),
