@@ -76,7 +76,7 @@ CASES = {
         channel_scale=False,
         importance="inverse",
         order="importance",
-    ),  # fmt: skip
+    ),
     "uniform 2 bit": Uniform(bits=2),
     "uniform 4 bit, axes as in Equinox": Uniform(bits=4, channel_axis=0),
     "uniform 8 bit a tensor": Uniform(bits=8, per_channel=False),
