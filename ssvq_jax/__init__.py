@@ -10,6 +10,7 @@ from ssvq_jax.packing import PackedFile, PackedFileError, load, save
 from ssvq_jax.plan import Packed, Plan, make_plan
 from ssvq_jax.quantizers import (
     Calibration,
+    ChannelRelaxed,
     InputMoments,
     Masked,
     MaskedSignSplit,
@@ -26,6 +27,7 @@ __version__ = version("ssvq_jax")
 __all__ = [
     "PRESETS",
     "Calibration",
+    "ChannelRelaxed",
     "InputMoments",
     "LeafSpec",
     "Masked",

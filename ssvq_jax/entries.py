@@ -158,6 +158,11 @@ def share_entry(name: str, members: list[tuple[Rule, LeafSpec]]) -> SharedEntry:
     quantizer = members[0][0].quantizer
     if len(kinds) > 1:
         raise ValueError(f"share='{name}' is used with different quantizers: {kinds}; use one")
+    if isinstance(quantizer, CodebookQuantizer) and not quantizer.separable:
+        raise ValueError(
+            f"share='{name}': {quantizer} codes some channels of each leaf apart, so that leaves "
+            "cannot be joined: give every leaf a codebook of its own, or use Vector"
+        )
     if not isinstance(quantizer, CodebookQuantizer) or quantizer.channel_scale:
         raise ValueError(
             f"share='{name}': {quantizer} has no codebook to share, or scales every channel: use a "

@@ -9,6 +9,7 @@ from typing import Any
 
 from ssvq_jax import quantizers
 from ssvq_jax.quantizers import (
+    ChannelRelaxed,
     Masked,
     MaskedSignSplit,
     Quantizer,
@@ -190,21 +191,28 @@ _METHODS: dict[str, Quantizer] = {
     "vq-26x": Vector(codewords=32, dim=4),
     "mvq-26x": Masked(codewords=32, dim=8, keep=2, group=8),
     "ssvq-masked-26x": MaskedSignSplit(codewords=8, dim=8, keep=2, group=8),
+    # 1 bit: 8 bits for 8 weights; CRVQ codes 2 % of the input channels with 4 bits a weight.
+    "vq-1bit": Vector(codewords=256, dim=8),
+    "crvq-1bit": ChannelRelaxed(codewords=256, dim=8, critical=0.02, extended=3),
     **{f"uniform-{bits}bit": Uniform(bits=bits) for bits in (2, 3, 4, 8)},
 }
 
 # Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …;
 # "-scanned" for blocks stacked in `blocks` by a scan; "-shared" with one codebook for all blocks,
 # for models so small that a codebook a kernel costs more than its codes; "-conv" for convolutional
-# networks of the registry.
+# networks of the registry. CRVQ is for matrices, each with its own critical channels.
 PRESETS: dict[str, Recipe] = {
     **{name: _transformer(quantizer) for name, quantizer in _METHODS.items()},
     **{f"{name}-scanned": _transformer(q, scanned=True) for name, q in _METHODS.items()},
-    **{f"{name}-conv": _convolutional(q) for name, q in _METHODS.items()},
+    **{
+        f"{name}-conv": _convolutional(quantizer)
+        for name, quantizer in _METHODS.items()
+        if not isinstance(quantizer, ChannelRelaxed)
+    },
     **{
         f"{name}-shared": _transformer(quantizer, share="blocks_codebook")
         for name, quantizer in _METHODS.items()
-        if isinstance(quantizer, CodebookQuantizer)
+        if isinstance(quantizer, CodebookQuantizer) and quantizer.separable
     },
 }
 

@@ -226,7 +226,7 @@ def _xla_matmul(x: Float[Array, "m in"], leaf: PackedLeaf) -> Float32[Array, "m 
 def _row_by_row(leaf: PackedLeaf) -> bool:
     """Whether all that is stored a sub-vector, a weight or a row is in the order of W's rows."""
     if isinstance(leaf.quantizer, CodebookQuantizer):
-        return leaf.quantizer.layout(leaf.spec).axis == 1
+        return leaf.quantizer.separable and leaf.quantizer.layout(leaf.spec).axis == 1
     return isinstance(leaf.quantizer, Uniform)
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from ssvq_jax.quantizers.base import Encoded, Quantizer, Storage, Stream
 from ssvq_jax.quantizers.calibration import Calibration, InputMoments
+from ssvq_jax.quantizers.channel_relaxed import ChannelRelaxed
 from ssvq_jax.quantizers.masked import Masked, MaskedSignSplit
 from ssvq_jax.quantizers.sign_split import SignSplit
 from ssvq_jax.quantizers.uniform import Uniform
 from ssvq_jax.quantizers.vector import Vector
 
 METHODS: dict[str, type[Quantizer]] = {
-    method.method: method for method in (Masked, MaskedSignSplit, SignSplit, Uniform, Vector)
+    method.method: method
+    for method in (ChannelRelaxed, Masked, MaskedSignSplit, SignSplit, Uniform, Vector)
 }
 
 
@@ -53,6 +55,7 @@ def from_json(data: Mapping[str, Any]) -> Quantizer:
 __all__ = [
     "METHODS",
     "Calibration",
+    "ChannelRelaxed",
     "Encoded",
     "InputMoments",
     "Masked",

@@ -47,9 +47,12 @@ class CodebookQuantizer(Quantizer):
             keep that as a trained 16-bit scale.
         channel_axis: axis of the output channels; the last one in Flax, 0 in Equinox.
         iterations: Lloyd iterations at most.
+        separable: every sub-vector is decoded from its own numbers, wherever it lies, so that
+            leaves can share a codebook and rows can be decoded apart (class attribute).
     """
 
     groups: ClassVar[Mapping[str, str]] = {"codebook": "codebook", "scale": "scale"}
+    separable: ClassVar[bool] = True
 
     codewords: int
     dim: int
@@ -207,12 +210,7 @@ class CodebookQuantizer(Quantizer):
 
     def stored_codebook(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
         """The codebook as the file holds it, straight-through."""
-        if self.codebook_dtype == "float32":
-            return codebook
-        if self.codebook_dtype == "float16":
-            return straight_through(jax.lax.reduce_precision(codebook, 5, 10), codebook)
-        levels, scale = _int8(codebook)
-        return straight_through(levels * scale, codebook)
+        return round_codebook(codebook, self.codebook_dtype)
 
     def look_up(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """C[A] as an array of the weight's shape, before signs and channel scales."""
@@ -247,26 +245,45 @@ class CodebookQuantizer(Quantizer):
 
     def codebook_pack(self, learned: Fields, fixed: Fields) -> dict[str, Array]:
         """The fields of `codebook_storage`."""
-        codebook = learned["codebook"]
-        stored = self.stored_codebook(codebook)
-        fields = {"codes": fixed["codes"], "codebook": stored.astype(self.codebook_dtype)}
-        if self.codebook_dtype == "int8":
-            levels, scale = _int8(codebook)
-            fields["codebook"] = levels.astype(jnp.int8)
-            fields["codebook_scale"] = scale.astype(jnp.bfloat16)
+        fields = {"codes": fixed["codes"], **self.pack_codebook(learned["codebook"])}
         if self.channel_scale:
             fields["scale"] = learned["scale"].astype(jnp.bfloat16)
         return fields
 
+    def pack_codebook(self, codebook: Float[Array, "k d"]) -> dict[str, Array]:
+        """The codebook as the file holds it, and the scale of an int8 one."""
+        if self.codebook_dtype != "int8":
+            return {"codebook": self.stored_codebook(codebook).astype(self.codebook_dtype)}
+        levels, scale = _int8(codebook)
+        return {
+            "codebook": levels.astype(jnp.int8), "codebook_scale": scale.astype(jnp.bfloat16),
+        }  # fmt: skip
+
     def codebook_unpack(self, fields: Fields) -> dict[str, Array]:
         """The learned arrays that `codebook_pack` stored."""
-        codebook = fields["codebook"].astype(jnp.float32)
-        if self.codebook_dtype == "int8":
-            codebook = codebook * fields["codebook_scale"].astype(jnp.float32)
-        learned = {"codebook": codebook}
+        learned = {"codebook": self.unpack_codebook(fields)}
         if self.channel_scale:
             learned["scale"] = fields["scale"].astype(jnp.float32)
         return learned
+
+    def unpack_codebook(self, fields: Fields) -> Float[Array, "k d"]:
+        """The codebook that `pack_codebook` stored."""
+        codebook = fields["codebook"].astype(jnp.float32)
+        if self.codebook_dtype == "int8":
+            codebook = codebook * fields["codebook_scale"].astype(jnp.float32)
+        return codebook
+
+
+def round_codebook(
+    codebook: Float[Array, "k d"], codebook_dtype: CodebookDtype
+) -> Float[Array, "k d"]:
+    """Rounds a codebook to what is stored, straight-through."""
+    if codebook_dtype == "float32":
+        return codebook
+    if codebook_dtype == "float16":
+        return straight_through(jax.lax.reduce_precision(codebook, 5, 10), codebook)
+    levels, scale = _int8(codebook)
+    return straight_through(levels * scale, codebook)
 
 
 def _int8(codebook: Float[Array, "k d"]) -> tuple[Float[Array, "k d"], Float[Array, ""]]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax import LeafSpec, SignSplit, Uniform, Vector
+from ssvq_jax import ChannelRelaxed, LeafSpec, SignSplit, Uniform, Vector
 from ssvq_jax.quantizers.base import round_scale, straight_through
 
 KEY = jax.random.key(0)
@@ -171,6 +171,32 @@ def test_float16_codebook_is_stored_as_training_sees_it():
     assert np.float32(fields["codebook"]).ravel().tolist() == decoded.ravel().tolist()
 
 
+# CRVQ
+
+
+def test_channel_relaxed_by_hand():
+    quantizer = ChannelRelaxed(
+        codewords=2, dim=1, critical=0.34, extended=2, extended_codewords=2, channel_scale=False,
+        codebook_dtype="float32",
+    )  # fmt: skip
+    spec = LeafSpec("w", (3, 2), "float32")
+    learned = {
+        "codebook": jnp.array([[1.0], [2.0]]),
+        "extended_codebook": jnp.array([[[10.0], [20.0]], [[100.0], [200.0]]]),
+    }
+    fixed = {
+        "codes": jnp.array([0, 1, 1, 1, 0, 1], jnp.uint8),  # input channels 1, 0, 2 of two outputs
+        "extended_codes": jnp.array([[0, 1], [1, 1]], jnp.uint8),
+        "critical": jnp.array([False, True, False]),
+    }
+    decoded = quantizer.decode(learned, fixed, spec)
+    assert decoded.tolist() == [[2, 1], [1 + 10 + 200, 2 + 20 + 200], [2, 2]]
+    upstream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    grad = jax.grad(lambda p: jnp.sum(upstream * quantizer.decode(p, fixed, spec)))(learned)
+    assert grad["codebook"].tolist() == [[3 + 2], [1 + 5 + 4 + 6]]
+    assert grad["extended_codebook"].tolist() == [[[3], [4]], [[0], [7]]]
+
+
 # Uniform, LSQ
 
 
@@ -248,6 +274,12 @@ def test_uniform_stores_levels_from_zero():
         (Vector(4, 4, pad=True), (6, 10), 18 * 2 + 4 * 4 * 8 + 16),
         # signs are stored for real weights only
         (SignSplit(4, 4, pad=True), (6, 10), 18 * 2 + 60 + 4 * 4 * 8 + 16),
+        # 4 groups of 4 channels are critical: 3072 sub-vectors with two codes of 3 bits
+        (
+            ChannelRelaxed(16, 4, critical=0.1, extended=2, extended_codewords=8),
+            (192, 768),
+            36864 * 4 + 3072 * 2 * 3 + (16 + 2 * 8) * 4 * 8 + 3 * 16 + 768 * 16 + 192,
+        ),
         (Uniform(8), (192, 768), 147456 * 8 + 768 * 16),
         (Uniform(2, per_channel=False), (192, 768), 147456 * 2 + 16),
     ],

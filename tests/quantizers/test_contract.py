@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ssvq_jax import (
+    ChannelRelaxed,
     LeafSpec,
     Masked,
     MaskedSignSplit,
@@ -58,6 +59,23 @@ CASES = {
     "masked sign split": MaskedSignSplit(codewords=8, dim=8, keep=3, group=8, iterations=5),
     "masked sign split fixed, padded": MaskedSignSplit(
         codewords=4, dim=10, keep=3, group=5, pad=True, learn_signs=False, iterations=5
+    ),
+    "channel relaxed": ChannelRelaxed(
+        codewords=8, dim=4, axis=-2, critical=0.5, extended=2, extended_codewords=4, iterations=5
+    ),
+    "channel relaxed padded, as in the paper": ChannelRelaxed(
+        codewords=7,
+        dim=3,
+        axis=-2,
+        pad=True,
+        critical=0.4,
+        extended=1,
+        extended_codewords=5,
+        iterations=5,
+        codebook_dtype="float16",
+        channel_scale=False,
+        importance="inverse",
+        order="importance",
     ),
     "uniform 2 bit": Uniform(bits=2),
     "uniform 4 bit, axes as in Equinox": Uniform(bits=4, channel_axis=0),
