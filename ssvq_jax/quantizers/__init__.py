@@ -7,12 +7,14 @@ from typing import Any
 from ssvq_jax.quantizers.base import Encoded, Quantizer, Storage, Stream
 from ssvq_jax.quantizers.calibration import Calibration, InputMoments
 from ssvq_jax.quantizers.masked import Masked, MaskedSignSplit
+from ssvq_jax.quantizers.pyramid_vector import Pyramid
 from ssvq_jax.quantizers.sign_split import SignSplit
 from ssvq_jax.quantizers.uniform import Uniform
 from ssvq_jax.quantizers.vector import Vector
 
 METHODS: dict[str, type[Quantizer]] = {
-    method.method: method for method in (Masked, MaskedSignSplit, SignSplit, Uniform, Vector)
+    method.method: method
+    for method in (Masked, MaskedSignSplit, Pyramid, SignSplit, Uniform, Vector)
 }
 
 
@@ -57,6 +59,7 @@ __all__ = [
     "InputMoments",
     "Masked",
     "MaskedSignSplit",
+    "Pyramid",
     "Quantizer",
     "SignSplit",
     "Storage",

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 MOST_DIM = 256
 MOST_PULSES = 512
-_COMPARED = 64  # pulses up to which comparing with the whole table is faster than bisection
+_COMPARED = 32  # pulses up to which comparing with the whole table is faster than bisection
 
 
 def count(dim: int, pulses: int) -> int:
