@@ -15,6 +15,7 @@ import functools
 import hashlib
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -53,6 +54,7 @@ class Rotation:
         """
         return _order(self.size) is not None
 
+    @functools.partial(jax.jit, static_argnums=0)
     def apply(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
         """Rotates the last axis: R x for each row, in float32."""
         x = x.astype(jnp.float32) * self._signs(x.ndim)
@@ -61,6 +63,7 @@ class Rotation:
             x = _replace(x, part, start)
         return x
 
+    @functools.partial(jax.jit, static_argnums=0)
     def inverse(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
         """Inverts `apply`: R^T x for each row, in float32."""
         x = x.astype(jnp.float32)

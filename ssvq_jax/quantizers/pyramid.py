@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -63,6 +64,7 @@ def words(dim: int, pulses: int) -> int:
     return max(-(-width(dim, pulses) // 32), 1)
 
 
+@functools.partial(jax.jit, static_argnames="pulses")
 def index(points: Int32[Array, "n d"], pulses: int) -> UInt32[Array, "n w"]:
     """Numbers points: Fischer's index, from 0 to N(D, K) - 1.
 
@@ -98,6 +100,7 @@ def index(points: Int32[Array, "n d"], pulses: int) -> UInt32[Array, "n w"]:
     return jnp.stack(_subtract(last, rest), axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames=("dim", "pulses"))
 def point(index: UInt32[Array, "n w"], dim: int, pulses: int) -> Int32[Array, "n d"]:
     """Inverts `index`; numbers from N(D, K) on give points of some other sum.
 
@@ -153,6 +156,7 @@ def exists(index: UInt32[Array, "n w"], dim: int, pulses: int) -> Bool[Array, " 
     return _reaches(last, columns)
 
 
+@functools.partial(jax.jit, static_argnames="pulses")
 def nearest(
     x: Float[Array, "n d"], pulses: int, importance: Float[Array, "n d"] | None = None
 ) -> Int32[Array, "n d"]:
@@ -177,11 +181,14 @@ def nearest(
     dim = x.shape[1]
     # A coordinate is a row: everything below is elementwise in n, and sums over rows are unrolled.
     size = jnp.abs(x.astype(jnp.float32)).T
-    size = size / jnp.maximum(_over_rows(jnp.maximum, size), _TINY)
+    place = lax.broadcasted_iota(jnp.int32, size.shape, 0)
+    largest = _over_rows(jnp.maximum, size)
+    first = (place == 0).astype(jnp.float32)  # what a zero vector is taken for
+    size = jnp.where(largest >= _TINY, size / jnp.maximum(largest, _TINY), first)
     if importance is None:
         weight = jnp.ones_like(size)
         total = _over_rows(jnp.add, size)
-        placed = jnp.floor(size * (jnp.float32(pulses) / jnp.maximum(total, _TINY)))
+        placed = jnp.floor(size * (jnp.float32(pulses) / total))
         rounds = min(dim, pulses)  # each coordinate lost less than a pulse, and rounding
     else:
         weight = importance.astype(jnp.float32).T
@@ -192,7 +199,6 @@ def nearest(
     gain = weight * size
     # The coordinate in the lowest bits of a score, which is not negative, makes one maximum of two.
     low = (1 << (dim - 1).bit_length()) - 1
-    place = lax.broadcasted_iota(jnp.int32, size.shape, 0)
 
     def choose(placed: Array, product: Array, square: Array) -> Array:
         wanted = jnp.square(product + gain)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -61,7 +62,7 @@ class Pyramid(Quantizer):
     Example:
         >>> from ssvq_jax import LeafSpec
         >>> spec = LeafSpec("w", (192, 768), "float32")
-        >>> Pyramid(dim=16, pulses=9, amplitude_bits=4).storage(spec).bits / spec.size
+        >>> Pyramid(dim=16, pulses=10, amplitude_bits=3).storage(spec).bits / spec.size
         2.0208...
     """
 
@@ -69,8 +70,8 @@ class Pyramid(Quantizer):
     groups: ClassVar[Mapping[str, str]] = {"scale": "scale"}
 
     dim: int = 16
-    pulses: int = 9
-    amplitude_bits: int = 4
+    pulses: int = 10
+    amplitude_bits: int = 3
     rotate: bool = True
     seed: int = 0
     axis: int = -1
@@ -127,24 +128,8 @@ class Pyramid(Quantizer):
             weights = self._line(importance, spec)
         else:
             weights = None
-        unit = jnp.max(jnp.abs(rows), axis=(1, 2), keepdims=True)
-        unit = jnp.where(unit > 0, unit, 1.0)
-        rows = rows / unit
         points = self._search(rows, weights)
-        directions = self._directions(points)
-        h = jnp.ones_like(rows) if weights is None else weights
-        norm = jnp.sum(h * jnp.square(directions), axis=-1)
-        along = jnp.sum(h * rows * directions, axis=-1)
-        scale = jnp.sqrt(jnp.mean(jnp.square(rows), axis=(1, 2)))
-        levels = self._levels(spec)
-        for _ in range(_FITS):
-            codes = _choose(along, norm, scale, levels)
-            level = levels[codes]
-            scale = jnp.sum(level * along, axis=1) / jnp.maximum(
-                jnp.sum(jnp.square(level) * norm, axis=1), _TINY
-            )
-        scale = round_scale(scale * unit[:, 0, 0])
-        codes = _choose(along, norm, scale / unit[:, 0, 0], levels)
+        scale, codes = _fit(rows, weights, self._directions(points), self._levels(spec))
         return Encoded({"scale": scale}, self._fixed(points, codes))
 
     def slice_requantize(
@@ -187,7 +172,7 @@ class Pyramid(Quantizer):
         return Encoded({**learned}, self._fixed(points, codes))
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
-        """Computes s * a * p / |p|, rotated back: the scale last, since it is the same for a row."""
+        """Computes s * a * p / |p|, rotated back; the scale comes last: a row has one."""
         layout = self.layout(spec)
         points = pyramid.point(fixed["codes"], self.dim, self.pulses)
         factor = self._inverse_norms(points)
@@ -299,7 +284,7 @@ class Pyramid(Quantizer):
         return fixed
 
 
-def pulses_for(bits: float, dim: int, amplitude_bits: int) -> int:
+def pulses_for(bits: int | float, dim: int, amplitude_bits: int) -> int:
     """Finds the most pulses for a budget, row scales left out.
 
     Args:
@@ -361,8 +346,8 @@ def amplitude_levels(dim: int, length: int, bits: int) -> Float[np.ndarray, " le
         float32 ``[2^b]``, rising; sqrt(D) where a group is the whole row.
 
     Example:
-        >>> amplitude_levels(8, 64, 1).round(2).tolist()
-        [2.36, 3.19]
+        >>> [round(float(level), 2) for level in amplitude_levels(8, 64, 1)]
+        [2.3, 3.19]
     """
     places = (np.arange(2**bits) + 0.5) / 2**bits
     if length <= dim:
@@ -376,6 +361,30 @@ def amplitude_levels(dim: int, length: int, bits: int) -> Float[np.ndarray, " le
 def _inverse_roots(pulses: int) -> Float[np.ndarray, " squares"]:
     squares = np.maximum(np.arange(pulses**2 + 1), 1)
     return np.float32(1 / np.sqrt(squares))
+
+
+@jax.jit
+def _fit(
+    rows: Float[Array, "rows groups d"],
+    weights: Float[Array, "rows groups d"] | None,
+    directions: Float[Array, "rows groups d"],
+    levels: Float[Array, " levels"],
+) -> tuple[Float[Array, " rows"], Int32[Array, "rows groups"]]:
+    """Scales and amplitudes of least squared error, in turns."""
+    unit = jnp.max(jnp.abs(rows), axis=(1, 2), keepdims=True)
+    unit = jnp.where(unit > 0, unit, 1.0)
+    rows = rows / unit
+    if weights is None:
+        weights = jnp.ones_like(rows)
+    norm = jnp.sum(weights * jnp.square(directions), axis=-1)
+    along = jnp.sum(weights * rows * directions, axis=-1)
+    scale = jnp.sqrt(jnp.mean(jnp.square(rows), axis=(1, 2)))
+    for _ in range(_FITS):
+        level = levels[_choose(along, norm, scale, levels)]
+        square = jnp.sum(jnp.square(level) * norm, axis=1)
+        scale = jnp.sum(level * along, axis=1) / jnp.maximum(square, _TINY)
+    scale = round_scale(scale * unit[:, 0, 0])
+    return scale, _choose(along, norm, scale / unit[:, 0, 0], levels)
 
 
 def _choose(
