@@ -175,9 +175,9 @@ class Pyramid(Quantizer):
         """Computes s * a * p / |p|, rotated back; the scale comes last: a row has one."""
         layout = self.layout(spec)
         points = pyramid.point(fixed["codes"], self.dim, self.pulses)
-        factor = self._inverse_norms(points)
-        if self.amplitude_bits:
-            factor = factor * self._levels(spec)[fixed["amplitudes"].astype(jnp.int32)]
+        levels = self._levels(spec)
+        chosen = levels[fixed["amplitudes"].astype(jnp.int32)] if self.amplitude_bits else levels
+        factor = self._inverse_norms(points) * chosen
         # With 15 bits of it, products with pulses are exact: the same bits however they are fused.
         factor = lax.reduce_precision(factor, 8, 14)
         values = factor[:, None] * points.astype(jnp.float32)
