@@ -166,13 +166,13 @@ def paley(order: int) -> Float[np.ndarray, "h h"]:
     """
     if order % 4 == 0 and _prime(order - 1):
         core = _conference(order - 1, antisymmetric=True)
-        return np.float32(core + np.eye(order, dtype=np.int64))
+        return np.asarray(core + np.eye(order, dtype=np.int64), np.float32)
     q = order // 2 - 1
     if order % 8 == 4 and _prime(q):
         core = _conference(q, antisymmetric=False)
         both = np.array([[1, 1], [1, -1]]), np.array([[1, -1], [-1, -1]])
         diagonal = np.eye(order // 2, dtype=np.int64)
-        return np.float32(np.kron(core, both[0]) + np.kron(diagonal, both[1]))
+        return np.asarray(np.kron(core, both[0]) + np.kron(diagonal, both[1]), np.float32)
     raise ValueError(f"order={order}: Paley's constructions over primes give no such matrix")
 
 

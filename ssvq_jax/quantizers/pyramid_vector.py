@@ -354,13 +354,13 @@ def amplitude_levels(dim: int, length: int, bits: int) -> Float[np.ndarray, " le
         shares = np.ones_like(places)
     else:
         shares = betaincinv(dim / 2, (length - dim) / 2, places)
-    return np.float32(np.round(np.sqrt(length * shares) * 2**16) / 2**16)
+    return np.asarray(np.round(np.sqrt(length * shares) * 2**16) / 2**16, np.float32)
 
 
 @functools.lru_cache(maxsize=64)
 def _inverse_roots(pulses: int) -> Float[np.ndarray, " squares"]:
     squares = np.maximum(np.arange(pulses**2 + 1), 1)
-    return np.float32(1 / np.sqrt(squares))
+    return np.asarray(1 / np.sqrt(squares), np.float32)
 
 
 @jax.jit
