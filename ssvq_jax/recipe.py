@@ -12,6 +12,7 @@ from ssvq_jax.quantizers import (
     ChannelRelaxed,
     Masked,
     MaskedSignSplit,
+    Pyramid,
     Quantizer,
     SignSplit,
     Uniform,
@@ -19,6 +20,7 @@ from ssvq_jax.quantizers import (
 )
 from ssvq_jax.quantizers.base import check_flag, check_integer
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
+from ssvq_jax.quantizers.pyramid_vector import pulses_for
 
 FORMAT = 1
 _MOST_PATTERN = 4096  # characters: patterns come from files, too, and compiling takes time
@@ -166,7 +168,7 @@ def _convolutional(quantizer: Quantizer) -> Recipe:
     MVQ leaves depthwise convolutions alone, as its paper does.
     """
     depthwise = None if isinstance(quantizer, Masked) else Uniform(bits=8)
-    if isinstance(quantizer, CodebookQuantizer):
+    if isinstance(quantizer, CodebookQuantizer | Pyramid):
         quantizer = dataclasses.replace(quantizer, pad=True)  # any number of channels
     ends = r"(.*/)?(stem|patch_embed|head|classifier)(/.*)?/kernel"
     return (
@@ -195,6 +197,11 @@ _METHODS: dict[str, Quantizer] = {
     "vq-1bit": Vector(codewords=256, dim=8),
     "crvq-1bit": ChannelRelaxed(codewords=256, dim=8, critical=0.02, extended=3),
     **{f"uniform-{bits}bit": Uniform(bits=bits) for bits in (2, 3, 4, 8)},
+    # Without the scales of rows.
+    **{
+        f"pvq-{bits}bit": Pyramid(dim=16, pulses=pulses_for(bits, 16, 3), amplitude_bits=3)
+        for bits in (2, 3, 4)
+    },
 }
 
 # Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …;

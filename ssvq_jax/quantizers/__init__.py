@@ -8,13 +8,22 @@ from ssvq_jax.quantizers.base import Encoded, Quantizer, Storage, Stream
 from ssvq_jax.quantizers.calibration import Calibration, InputMoments
 from ssvq_jax.quantizers.channel_relaxed import ChannelRelaxed
 from ssvq_jax.quantizers.masked import Masked, MaskedSignSplit
+from ssvq_jax.quantizers.pyramid_vector import Pyramid
 from ssvq_jax.quantizers.sign_split import SignSplit
 from ssvq_jax.quantizers.uniform import Uniform
 from ssvq_jax.quantizers.vector import Vector
 
 METHODS: dict[str, type[Quantizer]] = {
     method.method: method
-    for method in (ChannelRelaxed, Masked, MaskedSignSplit, SignSplit, Uniform, Vector)
+    for method in (
+        ChannelRelaxed,
+        Masked,
+        MaskedSignSplit,
+        Pyramid,
+        SignSplit,
+        Uniform,
+        Vector,
+    )
 }
 
 
@@ -60,6 +69,7 @@ __all__ = [
     "InputMoments",
     "Masked",
     "MaskedSignSplit",
+    "Pyramid",
     "Quantizer",
     "SignSplit",
     "Storage",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from ssvq_jax.bitstream import bytes_of
 from ssvq_jax.quantizers.calibration import Calibration
@@ -223,6 +223,12 @@ class Quantizer(abc.ABC):
         unpack = _over_slices(lambda f: self.slice_unpack(f, one), spec.stacked)
         return unpack({k: jnp.asarray(v) for k, v in fields.items()})
 
+    def exist(self, fields: Fields, spec: LeafSpec) -> Bool[Array, "*stacked"] | None:
+        """Whether the numbers of several fields exist together, by slice; None if they all do."""
+        one = spec.slice_spec()
+        exist = _over_slices(lambda f: self.slice_exist(f, one), spec.stacked)
+        return exist(dict(fields))
+
     def check(self, spec: LeafSpec) -> None:
         """Raises ValueError, naming the leaf, if the method cannot take a leaf of this shape."""
         if spec.size == 0:
@@ -259,6 +265,13 @@ class Quantizer(abc.ABC):
     @abc.abstractmethod
     def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
         """Gives one slice's stored fields."""
+
+    def slice_exist(self, fields: Fields, spec: LeafSpec) -> Bool[Array, ""] | None:
+        """Whether all stored numbers exist, for numbers of several fields.
+
+        None, as by default, if each field's number of values says it all.
+        """
+        return None
 
     @abc.abstractmethod
     def slice_unpack(self, fields: Fields, spec: LeafSpec) -> Encoded:

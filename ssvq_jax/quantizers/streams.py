@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt
+from jaxtyping import Array, Bool, Float, UInt
 
 from ssvq_jax.bitstream import pack_bits, unpack_bits
 from ssvq_jax.quantizers.base import Fields, Quantizer, Stream
@@ -86,6 +86,9 @@ def check_streams(quantizer: Quantizer, streams: Mapping[str, np.ndarray], spec:
                 raise ValueError(
                     f"its {stream.field} go up to {peak}, and there are {stream.values}"
                 )
+    exist = _exist(quantizer, streams, spec)
+    if exist is not None and not bool(exist):
+        raise ValueError("its numbers are larger together than any that there are")
     if largest > _LARGEST:
         raise ValueError("its weights are larger than a float32 can be")
 
@@ -95,6 +98,14 @@ def _largest(
     quantizer: Quantizer, streams: Mapping[str, Any], spec: LeafSpec, field: str
 ) -> UInt[Array, ""]:
     return jnp.max(unpack_fields(quantizer, streams, spec)[field])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _exist(
+    quantizer: Quantizer, streams: Mapping[str, Any], spec: LeafSpec
+) -> Bool[Array, ""] | None:
+    exist = quantizer.exist(unpack_fields(quantizer, streams, spec), spec)
+    return None if exist is None else jnp.all(exist)
 
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "spec"))

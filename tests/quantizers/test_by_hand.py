@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax import ChannelRelaxed, LeafSpec, SignSplit, Uniform, Vector
+from ssvq_jax import ChannelRelaxed, LeafSpec, Pyramid, SignSplit, Uniform, Vector
 from ssvq_jax.quantizers.base import round_scale, straight_through
 
 KEY = jax.random.key(0)
@@ -255,6 +255,28 @@ def test_uniform_stores_levels_from_zero():
     assert fields["levels"].tolist() == [0, 2, 3]
 
 
+# PVQ
+
+
+def test_pyramid_by_hand():
+    # Rows of one group: the amplitude is sqrt(2), so that 2.5 * sqrt(2) * p / |p| is decoded.
+    quantizer = Pyramid(dim=2, pulses=2, amplitude_bits=0, rotate=False)
+    spec = LeafSpec("w", (4, 2), "float32")
+    # Of 8 points, in this order: (0, 2), (0, -2), (1, 1), (1, -1), (-1, 1), (-1, -1), (2, 0), ...
+    fixed = {"codes": jnp.array([[0], [3], [5], [7]], jnp.uint32)}
+    learned = {"scale": jnp.array([2.5, 2.5, 1.0, 0.0])}
+    decoded = quantizer.decode(learned, fixed, spec)
+    root = 2**0.5
+    expected = [[0, 2.5 * root], [2.5, -2.5], [-1, -1], [0, 0]]
+    np.testing.assert_allclose(decoded, expected, rtol=2**-14)
+    upstream = jnp.array([[9.0, 1.0], [1.0, 3.0], [5.0, 7.0], [1.0, 0.0]])
+    grad = jax.grad(lambda p: jnp.sum(upstream * quantizer.decode(p, fixed, spec)))(learned)
+    np.testing.assert_allclose(grad["scale"], [root, -2, -12, -root], rtol=2**-14)
+    encoded = quantizer.init(KEY, decoded, spec)
+    assert encoded.fixed["codes"].tolist()[:3] == [[0], [3], [5]]
+    assert quantizer.storage(spec).bits == 4 * 3 + 4 * 16
+
+
 # Bits, worked by hand
 
 
@@ -281,6 +303,11 @@ def test_uniform_stores_levels_from_zero():
             36864 * 4 + 3072 * 2 * 3 + (16 + 2 * 8) * 4 * 8 + 3 * 16 + 768 * 16 + 192,
         ),
         (Uniform(8), (192, 768), 147456 * 8 + 768 * 16),
+        # N(8, 8) = 157184: 18 bits and 3 for the amplitude of 8 weights, 16 a row
+        (Pyramid(8, 8, 3), (192, 768), 18432 * (18 + 3) + 192 * 16),
+        (Pyramid(8, 8, 0, axis=0), (192, 768), 18432 * 18 + 768 * 16),
+        # N(64, 60) takes 154 bits: four words of 32 and one of 26
+        (Pyramid(64, 60, 4), (192, 768), 2304 * (154 + 4) + 192 * 16),
         (Uniform(2, per_channel=False), (192, 768), 147456 * 2 + 16),
     ],
 )
