@@ -173,13 +173,14 @@ def moments_in_groups(
     Raises:
         ValueError: as `input_moments`; and if passes see different numbers of batches.
     """
-    if iter(batches) is batches:
+    begun = iter(batches)
+    if begun is batches:
         raise ValueError(
             "batches can be gone through once only: give a list, or an object whose __iter__ "
             "begins anew"
         )
     stacked = _stacked_axes(params, plan)
-    first = next(iter(batches), None)
+    first = next(begun, None)
     if first is None:
         raise ValueError("there is no batch: give at least one")
     shapes, missed = _shapes(apply, params, stacked, first)

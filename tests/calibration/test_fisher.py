@@ -36,7 +36,7 @@ def test_a_linear_model_by_hand(params, plan, at_once):
     x = jnp.array([[1.0, 2.0], [0.0, 1.0], [2.0, 0.0]])
     y = jnp.array([[0.0, 1.0], [-1.0, 1.0], [0.0, 1.0]])
     # Residuals [1, 3], [1, 1], [2, -1]; squares of x and of residuals, summed and divided by 3.
-    squares = np.array([[1, 9], [4, 36]]) + [[0, 0], [1, 1]] + np.array([[16, 4], [0, 0]])
+    squares = np.array([[1 + 16, 9 + 4], [4 + 1, 36 + 1]])
     batches = [(x, y)]
     found = fisher_diagonal(squared_error, params, plan, batches, at_once=at_once)
     np.testing.assert_allclose(found["kernel"], squares / 3, rtol=1e-6)

@@ -1,7 +1,6 @@
 """Moments over batches: as of all data at once, resumed to the same bits, in groups, refused."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -19,11 +18,8 @@ from ssvq_jax.calibration import (
     moments_in_groups,
     save_sums,
 )
-from ssvq_jax.models.llama import Llama
-from ssvq_jax.tree import leaf_specs
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_llama import TINY, random_variables, tokens_of
+from ssvq_jax.models.import_llama import llama_shapes, stack_layers
+from ssvq_jax.models.llama import Llama, LlamaConfig
 
 METHOD = ssvq.Uniform(bits=4)
 RULES = [("first|second", METHOD), (".*", None)]
@@ -100,7 +96,7 @@ def test_groups_need_a_pass_each_and_give_the_same(params, plan, batches):
         same({path: x for group in groups for path, x in group.inputs.items()}, whole.inputs)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -113,14 +109,14 @@ class Stopping:
     def __iter__(self):
         for i, batch in enumerate(self.batches):
             if i == self.after:
-                raise Stopped
+                raise StoppedError
             yield batch
 
 
 def test_resumed_to_the_same_bits(params, plan, batches, tmp_path):
     whole = input_moments(network, params, plan, batches)
     settings = {"folder": tmp_path, "save_seconds": 0.0}
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         input_moments(network, params, plan, Stopping(batches, 3), **settings)
     begun = load_sums(tmp_path / "sums-0.safetensors")
     assert (begun.batches, begun.done) == (3, False)
@@ -207,26 +203,29 @@ def test_several_arguments_and_shapes(params, plan, batches):
 
 
 def test_llama_with_and_without_scan():
-    tokens = [tokens_of(2, 8), tokens_of(2, 8)[:, ::-1]]
+    config = LlamaConfig(vocab=17, width=12, depth=2, heads=2, kv_heads=1, hidden=10, context=16)
+    generator = np.random.default_rng(0)
+    noise = lambda x: generator.normal(0, 0.3, x.shape).astype(np.float32)  # noqa: E731
+    layers = jax.tree.map(noise, llama_shapes(config))
+    tokens = [jnp.asarray(generator.integers(0, 17, (2, 8))) for _ in range(2)]
     found = {}
-    for scan in (False, True):
-        variables = jax.tree.map(jnp.asarray, random_variables(TINY, scan=scan))["params"]
+    for scan, variables in ((False, layers), (True, stack_layers(layers))):
+        params = jax.tree.map(jnp.asarray, variables["params"])
         kernels = ssvq.Rule("layers.*kernel", METHOD, stacked=int(scan))
-        rules = [kernels, ("embed/embedding", METHOD), (".*", None)]
-        plan = ssvq.make_plan(variables, rules)
-        model = Llama(TINY, scan=scan)
+        plan = ssvq.make_plan(params, [kernels, ("embed/embedding", METHOD), (".*", None)])
+        model = Llama(config, scan=scan)
 
         def apply(params, tokens, model=model):
             return model.apply({"params": params}, tokens)
 
-        found[scan] = input_moments(apply, variables, plan, tokens).inputs
-        for path, moments in found[scan].items():
-            moments.check(
-                dataclasses.replace(leaf_specs(variables)[path], stacked=scan and "layers" in path)
-            )  # noqa: E501
+        found[scan] = input_moments(apply, params, plan, tokens).inputs
+        for leaf in plan.leaves:
+            if leaf.path in plan.compressed:
+                found[scan][leaf.path].check(leaf)
     assert found[True].pop("embed/embedding").axes == (1,)
+    assert len(found[True]) == 7
     for path, moments in found[True].items():
-        for i in range(TINY.depth):
+        for i in range(config.depth):
             one = found[False][path.replace("layers/", f"layers_{i}/")]
             assert one.axes == moments.axes
             np.testing.assert_allclose(moments.matrix[i], one.matrix, rtol=1e-4, atol=1e-5)
