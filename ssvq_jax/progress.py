@@ -1,6 +1,6 @@
 """Progress bars for long work on the host."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ def make_bar() -> Any:
     )
 
 
-def bar_over(items: Sequence[T], name: str) -> Iterator[T]:
+def bar_over(items: Iterable[T], name: str) -> Iterator[T]:
     """Goes through items and shows how far it is, and the time left, on a terminal."""
     from rich.console import Console
     from rich.progress import track

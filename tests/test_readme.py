@@ -50,6 +50,16 @@ def test_the_hardware_page_s_examples_run(tmp_path):
     assert load_accelerator(tmp_path / "mine.yaml").weight_sram_bytes == 2**20
 
 
+def test_the_calibration_page_s_example_runs():
+    page = (ROOT / "docs/calibration.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(code, names)
+    assert names["moments"].rows == {"hidden": 256, "last": 256}
+    assert set(names["variables"]["vq"]) == {"hidden", "last"}
+
+
 def commands(word):
     """The commands of a block, without the program's name and comments."""
     lines = [line.split("#")[0] for line in blocks("bash", word).splitlines()]
