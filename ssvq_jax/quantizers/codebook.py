@@ -157,6 +157,8 @@ class CodebookQuantizer(Quantizer):
 
     def slice_parts(self, spec: LeafSpec) -> Parts:
         """Whole sub-vectors; channel scales are cut with their axis."""
+        if not self.separable:
+            return super().slice_parts(spec)
         channels = {"scale": self.channel_axis} if self.channel_scale else {}
         return Parts(self.dim, self.layout(spec).axis, channels)
 

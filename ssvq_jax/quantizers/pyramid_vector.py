@@ -20,6 +20,7 @@ from ssvq_jax.quantizers.base import (
     MOST_AXES,
     Encoded,
     Fields,
+    Parts,
     Quantizer,
     Storage,
     Stream,
@@ -123,52 +124,44 @@ class Pyramid(Quantizer):
         Importance weighs the squared errors; of rotated rows, whose weights mix, it has no part.
         """
         rows = self._rows(weight, spec)
-        importance = importance_of(calibration)
-        if importance is not None and not self.rotate:
-            weights = self._line(importance, spec)
-        else:
-            weights = None
+        weights = self._weights(calibration, spec)
         points = self._search(rows, weights)
         scale, codes = _fit(rows, weights, self._directions(points), self._levels(spec))
         return Encoded({"scale": scale}, self._fixed(points, codes))
 
-    def slice_requantize(
-        self, weight: Float[Array, "..."], learned: Fields, fixed: Fields, spec: LeafSpec
-    ) -> Encoded:
-        """Chooses points and amplitudes anew for another weight, with scales as they are.
-
-        Args:
-            weight: the weight, or a block of it.
-            learned: its scales: those of the block's own rows.
-            fixed: its codes so far: those of the block's own groups.
-            spec: description of the weight or block.
-
-        Returns:
-            The same scales and new codes.
+    def slice_parts(self, spec: LeafSpec) -> Parts:
+        """Whole rows; scales are cut with the other axis.
 
         Raises:
-            ValueError: if scales or codes are not of such a block. Rows (along ``axis``) are
-                encoded whole: a block of input rows needs an ``axis`` that is not the inputs'.
+            ValueError: naming the leaf, if it is no matrix.
         """
-        layout = self.layout(spec)
-        own = layout.count * self.dim // (spec.shape[layout.axis] + layout.padding)
-        count, scales = fixed["codes"].shape[0], learned["scale"].shape[0]
-        if (count, scales) != (layout.count, own):
+        if len(spec.shape) != 2:
             raise ValueError(
-                f"leaf '{spec.path}': a block of shape {spec.shape} has {own} rows along axis "
-                f"{self.axis} and {layout.count} groups, but {scales} scales and {count} codes "
-                "were given: rows are encoded whole, so cut blocks across another axis (groups "
-                "along the outputs, axis=-1 in Flax, for blocks of inputs) and give their own "
-                "scales and codes"
+                f"leaf '{spec.path}' of shape {spec.shape}: rows of a pyramid are encoded in parts "
+                "for matrices only: leave the leaf out, or choose another method"
             )
+        axis = self.layout(spec).axis
+        return Parts(spec.shape[axis], axis, {"scale": 1 - axis})
+
+    def slice_requantize(
+        self,
+        weight: Float[Array, "..."],
+        learned: Fields,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Chooses points and amplitudes anew, with the scales there are."""
         rows = self._rows(weight, spec)
+        weights = self._weights(calibration, spec)
         scale = round_scale(learned["scale"])
-        points = self._search(rows, None)
+        points = self._search(rows, weights)
+        weights = jnp.ones_like(rows) if weights is None else weights
         directions = self._directions(points)
-        along = jnp.sum(rows * directions, axis=-1)
+        along = jnp.sum(weights * rows * directions, axis=-1)
+        own = jnp.sum(weights * jnp.square(directions), axis=-1)
         # Where a scale is negative (training moved it), its groups point the other way.
         points = jnp.where(scale[:, None, None] < 0, -points, points)
-        codes = _choose(along, jnp.ones_like(along), jnp.abs(scale), self._levels(spec))
+        codes = _choose(along, own, jnp.abs(scale), self._levels(spec))
         return Encoded({**learned}, self._fixed(points, codes))
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
@@ -246,6 +239,13 @@ class Pyramid(Quantizer):
         last = jnp.moveaxis(weight.astype(jnp.float32), axis, -1)
         rotated = Rotation(spec.shape[axis], self.seed).apply(last)
         return self._line(jnp.moveaxis(rotated, -1, axis), spec)
+
+    def _weights(
+        self, calibration: Calibration | None, spec: LeafSpec
+    ) -> Float[Array, "rows groups d"] | None:
+        """Importance by group; of rotated rows it has no part."""
+        importance = importance_of(calibration)
+        return None if importance is None or self.rotate else self._line(importance, spec)
 
     def _line(self, weight: Float[Array, "..."], spec: LeafSpec) -> Float[Array, "rows groups d"]:
         layout = self.layout(spec)

@@ -9,6 +9,7 @@ from scipy import stats
 from ssvq_jax import LeafSpec, Pyramid, load_recipe
 from ssvq_jax.quantizers import pyramid
 from ssvq_jax.quantizers.activations import bits_per_activation, quantize_activations
+from ssvq_jax.quantizers.base import Parts
 from ssvq_jax.quantizers.pyramid_vector import amplitude_levels, pulses_for
 from ssvq_jax.quantizers.streams import check_streams, pack_fields
 from ssvq_jax.rotation import Rotation
@@ -85,7 +86,7 @@ def test_what_was_decoded_is_encoded_to_the_same_codes():
     quantizer = Pyramid(8, 8, 4, rotate=False)
     learned, fixed = quantizer.init(KEY, jax.random.normal(KEY, SPEC.shape), SPEC)
     decoded = quantizer.decode(learned, fixed, SPEC)
-    again = quantizer.slice_requantize(decoded, learned, fixed, SPEC)
+    again = quantizer.slice_requantize(decoded, learned, SPEC, None)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.fixed, fixed))
     assert np.array_equal(again.learned["scale"], learned["scale"])
 
@@ -93,20 +94,16 @@ def test_what_was_decoded_is_encoded_to_the_same_codes():
 def test_blocks_of_rows_are_requantized_alone():
     quantizer = Pyramid(8, 8, 4)
     weight = jax.random.normal(KEY, SPEC.shape)
-    learned, fixed = quantizer.init(KEY, weight, SPEC)
+    learned, _ = quantizer.init(KEY, weight, SPEC)
     other = weight + 0.3
-    whole = quantizer.slice_requantize(other, learned, fixed, SPEC)
+    whole = quantizer.slice_requantize(other, learned, SPEC, None)
     block = LeafSpec("w", (4, 48), "float32")
-    own = {"scale": learned["scale"][4:8]}, jax.tree.map(lambda x: x[24:48], fixed)
-    part = quantizer.slice_requantize(other[4:8], *own, block)
+    part = quantizer.slice_requantize(other[4:8], {"scale": learned["scale"][4:8]}, block, None)
     assert np.array_equal(part.fixed["codes"], whole.fixed["codes"][24:48])
     assert np.array_equal(quantizer.decode(*part, block), quantizer.decode(*whole, SPEC)[4:8])
-    with pytest.raises(ValueError, match=r"leaf 'w': a block of shape \(4, 48\) .* whole"):
-        quantizer.slice_requantize(other[4:8], learned, fixed, block)
-    inputs = Pyramid(8, 8, 4, axis=0)
-    learned, fixed = inputs.init(KEY, weight, SPEC)
-    with pytest.raises(ValueError, match="cut blocks across another axis"):
-        inputs.slice_requantize(other[:8], learned, fixed, LeafSpec("w", (8, 48), "float32"))
+    assert quantizer.slice_parts(SPEC) == Parts(48, 1, {"scale": 0})
+    with pytest.raises(ValueError, match=r"leaf 'w' of shape \(2, 4, 48\).* matrices only"):
+        quantizer.slice_parts(LeafSpec("w", (2, 4, 48), "float32"))
 
 
 @pytest.mark.parametrize("quantizer", [Pyramid(8, 8, 4), Pyramid(8, 60, 4)])
