@@ -167,7 +167,9 @@ def find_float(language: Language, given: Path | None) -> Language | None:
     origin = language.run.get("weights")  # of a run, not of a file by itself
     places = [Path(origin["from"])] if isinstance(origin, Mapping) else []
     kept = fetched(language.name) if language.name in PUBLISHED else None
-    for place in dict.fromkeys([*places, *([kept] if kept else [])]):
+    if kept is not None and kept not in places:
+        places.append(kept)
+    for place in places:
         if place.exists():
             found = open_language(language.name, place, scan=language.scan)
             if found.weights.plan is None and found.float_crc32 == language.float_crc32:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.training.perplexity import Reading
     from ssvq_jax.tree import PyTree
 
-_WINDOWS = 16  # that a model is judged by unless the user says how many
+MOST_WINDOWS = 16  # that a model is judged by unless the user says how many
 
 
 def open_tokenizer(language: Language, given: Path | None) -> "Tokenizer":
@@ -108,8 +108,20 @@ class Windows:
         return [read(make(), bar_over(list(self.tokens), "reading")) for make in params]
 
 
-def open_windows(options: TextOptions, language: Language, tokenizer: "Tokenizer") -> Windows:
+def open_windows(
+    options: TextOptions,
+    language: Language,
+    tokenizer: "Tokenizer",
+    *,
+    most: int | None = MOST_WINDOWS,
+) -> Windows:
     """Cuts the text of a command into windows.
+
+    Args:
+        options: the command's.
+        language: the model.
+        tokenizer: of the model.
+        most: windows, unless the command says how many; None for all that there are.
 
     Raises:
         ValueError: for a window out of range, or a text that is missing or too short.
@@ -131,7 +143,7 @@ def open_windows(options: TextOptions, language: Language, tokenizer: "Tokenizer
             yield tokens
 
     stream = token_windows(documents(), length, separator=tokenizer.separator)
-    found = list(itertools.islice(stream, options.windows or _WINDOWS))
+    found = list(itertools.islice(stream, options.windows or most))
     if len(found) < (options.windows or 1):
         names = ", ".join(map(str, options.text))
         wanted = options.windows or 1

@@ -209,7 +209,7 @@ def to_json(command: Any, name: str, **changes: Any) -> dict[str, Any]:
         name: the command's name.
         changes: what the options were resolved to.
     """
-    # Those of text say nothing of a model for images.
-    options = {k: x for k, x in dataclasses.asdict(command).items() if k not in TEXT_OPTIONS}
+    text = TEXT_OPTIONS | {"eval_text"}  # say nothing of a model for images
+    options = {key: x for key, x in dataclasses.asdict(command).items() if key not in text}
     config = {"command": name, **options, **changes}
     return {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}

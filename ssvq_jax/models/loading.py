@@ -177,7 +177,7 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
             raise ValueError(
                 f"model '{name}' is for {task}, and this needs one that classifies images"
                 + (
-                    ": language models are for `ssvq compress`, `eval`, `generate` and `plan`"
+                    ": `ssvq compress`, `finetune`, `eval`, `generate`, `plan` take language models"
                     if task == "language"
                     else ": use it through `ssvq_jax.models.create` in Python"
                 )
