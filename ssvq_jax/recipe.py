@@ -153,11 +153,23 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 def _transformer(
     quantizer: Quantizer, *, scanned: bool = False, share: str | None = None
 ) -> Recipe:
-    """Every kernel of the blocks; patch embedding and heads int8; the rest dense."""
-    blocks = r"(.*/)?blocks/(?!\d+/).*kernel" if scanned else r"(.*/)?blocks[_/]\d+/.*kernel"
+    """Every kernel of the blocks or layers; embeddings and heads int8; the rest dense.
+
+    Layers are a language model's, with attention and MLP right below: Swin has `layers_0/blocks_0`,
+    and what else is in them (`layers_0/downsample`) stays dense.
+    """
+    inside = r"(attn|mlp)/.*kernel"
+    blocks = (
+        rf"(.*/)?(blocks/(?!\d+/).*kernel|layers/{inside})"
+        if scanned
+        else rf"(.*/)?(blocks[_/]\d+/.*kernel|layers[_/]\d+/{inside})"
+    )
+    ends = r"(.*/)?(patch_embed|head|head_dist|lm_head)/kernel"
     return (
-        Rule(r"(.*/)?(patch_embed|head|head_dist)/kernel", Uniform(bits=8), optional=True),
+        Rule(ends, Uniform(bits=8), optional=True),
         Rule(blocks, quantizer, stacked=int(scanned), share=share),
+        # A step a token; where the embedding is the output kernel, too, a step an output.
+        Rule(r"(.*/)?embed/embedding", Uniform(bits=8, channel_axis=0), optional=True),
         Rule(r".*", None, optional=True),
     )
 
@@ -204,10 +216,11 @@ _METHODS: dict[str, Quantizer] = {
     },
 }
 
-# Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …;
-# "-scanned" for blocks stacked in `blocks` by a scan; "-shared" with one codebook for all blocks,
-# for models so small that a codebook a kernel costs more than its codes; "-conv" for convolutional
-# networks of the registry. CRVQ is for matrices, each with its own critical channels.
+# Transformers whose blocks are `blocks_0`, `blocks_1`, … or `blocks/0`, `blocks/1`, …, and language
+# models whose layers are `layers_0`, …; "-scanned" for those stacked in `blocks` or `layers` by a
+# scan; "-shared" with one codebook for all blocks, for models so small that a codebook a kernel
+# costs more than its codes; "-conv" for convolutional networks of the registry. CRVQ is for
+# matrices, each with its own critical channels.
 PRESETS: dict[str, Recipe] = {
     **{name: _transformer(quantizer) for name, quantizer in _METHODS.items()},
     **{f"{name}-scanned": _transformer(q, scanned=True) for name, q in _METHODS.items()},

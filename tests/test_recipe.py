@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from ssvq_jax import PRESETS, Rule, SignSplit, load_recipe, make_plan
+from ssvq_jax.models import create, param_shapes
 from ssvq_jax.recipe import as_recipe, recipe_from_json, recipe_to_json
 
 
@@ -85,3 +86,29 @@ def test_presets_tell_lists_of_blocks_from_stacked_blocks():
     for tree, name in ((stacked, "ssvq-21x"), (listed, "ssvq-21x-scanned")):
         with pytest.raises(ValueError, match="match no leaf"):
             bits(tree, name)
+
+
+def test_presets_take_a_language_model_s_layers_and_no_stage_of_swin():
+    leaves = {
+        "layers_0/attn/q/kernel": (16, 16),
+        "layers_0/mlp/down/kernel": (16, 16),
+        "layers_0/attn_norm/scale": (16,),
+        "embed/embedding": (24, 16),
+        "lm_head/kernel": (16, 24),
+    }
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaves.items()}
+    rows = {row.name: row for row in make_plan(shapes, load_recipe("uniform-2bit")).bits().rows}
+    assert {name: row.settings for name, row in rows.items()} == {
+        "layers_0/attn/q/kernel": "2 bit a channel",
+        "layers_0/mlp/down/kernel": "2 bit a channel",
+        "layers_0/attn_norm/scale": "",
+        "embed/embedding": "8 bit a channel",
+        "lm_head/kernel": "8 bit a channel",
+    }
+    assert rows["embed/embedding"].bits["step"] == 24 * 16  # a step a token
+    plan = make_plan(param_shapes(create("swin_tiny")), load_recipe("ssvq-21x"))
+    assert any("/downsample/" in leaf.path for leaf in plan.leaves)
+    assert {path for path in plan.compressed if "/blocks_" not in path} == {
+        "patch_embed/kernel",
+        "head/kernel",
+    }

@@ -1,6 +1,7 @@
 """``ssvq compress``: post-training compression, without any training."""
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -9,6 +10,7 @@ from ssvq_jax.cli.options import (
     BatchOptions,
     FolderOptions,
     ModelOptions,
+    TextOptions,
     check_apart,
     to_json,
 )
@@ -18,23 +20,38 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
+class CompressCommand(BatchOptions, FolderOptions, TextOptions, ModelOptions):
     """Compress a trained model, and see what that costs before any fine-tuning.
 
-    `ssvq finetune --weights OUT` goes on from what is written. Without --data the model is
-    compressed and not judged. Without --model, a .safetensors file of any model is compressed as
-    it is: rules match the names of its tensors. OUT/model.safetensors is the packed model.
+    `ssvq finetune --weights OUT` goes on from what is written. Without --data, or --text for a
+    language model (smollm2_135m), the model is compressed and not judged. Without --model, a
+    .safetensors file of any model is compressed as it is: rules match the names of its tensors.
+    OUT/model.safetensors is the packed model.
     """
 
     recipe: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")] = "ssvq-21x"
     """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file."""
+    eval_text: tuple[Path, ...] = ()
+    """The same as --text."""
 
     def run(self) -> None:
         """Compresses, and writes everything."""
+        from ssvq_jax.cli.language import is_language
         from ssvq_jax.cli.weights import run_config
         from ssvq_jax.models import SAFETENSORS
         from ssvq_jax.packing import is_packed
 
+        if self.eval_text:
+            if self.text:
+                raise ValueError("--text and --eval-text are the same: leave one out")
+            dataclasses.replace(self, text=self.eval_text, eval_text=()).run()
+            return
+        if is_language(self.model, self.weights):
+            from ssvq_jax.cli.compress_language import compress_language
+
+            compress_language(self)
+            return
+        self.check_images()
         run = run_config(self.weights)
         if self.weights is not None and is_packed(self.weights) and not (run or {}).get("model"):
             raise ValueError(f"{self.weights} is packed already: use `ssvq pack` to change how")
@@ -95,7 +112,7 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
         folder.metrics.resume("compress", -1)
         folder.metrics.append({"run": "compress", "step": 0, **done.after._asdict()})
         leaves = leaf_reports(plan, weights.params, done.state.variables)
-        self._report(folder, plan, leaves, results)
+        self.report(folder, plan, leaves, results)
         print_outcome("compressed", results)
         print(f"results, pictures, checkpoints and the packed model are in {command.out}")
 
@@ -155,11 +172,11 @@ class CompressCommand(BatchOptions, FolderOptions, ModelOptions):
         packed = plan.finalize(variables)
         size = write_packed(folder.path / PACKED, packed, weights.model_state, told, {})
         leaves = leaf_reports(plan, weights.params, variables)
-        self._report(folder, plan, leaves, {**sizes(plan), **size})
+        self.report(folder, plan, leaves, {**sizes(plan), **size})
         print(f"{size['file_bytes']:,} bytes, {size['file_ratio']:.2f}x smaller than float32")
         print(f"results and the packed model are in {self.out}")
 
-    def _report(self, folder: Any, plan: Any, leaves: Any, results: dict[str, Any]) -> None:
+    def report(self, folder: Any, plan: Any, leaves: Any, results: dict[str, Any]) -> None:
         """Writes and shows where the bits go and what they cost."""
         from ssvq_jax.report import plot_analysis, print_bits, provenance
 

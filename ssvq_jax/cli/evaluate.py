@@ -6,16 +6,17 @@ from typing import Annotated
 
 import tyro
 
-from ssvq_jax.cli.options import BatchOptions, ModelOptions
+from ssvq_jax.cli.options import BatchOptions, ModelOptions, TextOptions
 from ssvq_jax.training.checkpoint import Which
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalCommand(BatchOptions, ModelOptions):
+class EvalCommand(BatchOptions, TextOptions, ModelOptions):
     """Evaluate a model: of a run of train, compress or finetune, a packed file, or your weights.
 
     Model, data and image size are those of the run or file, unless you say otherwise. With --images
-    it classifies the images of a folder that is no data set, by the classes of the model.
+    it classifies the images of a folder that is no data set, by the classes of the model. Language
+    models are judged by --text.
     """
 
     packed: Path | None = None
@@ -27,6 +28,9 @@ class EvalCommand(BatchOptions, ModelOptions):
     """Table file,label with class indices, for --images."""
     json: bool = False
     """Print the results as one line of JSON: of --images, top1, top5 and the number of images."""
+    reference: Annotated[Path | None, tyro.conf.arg(metavar="WEIGHTS")] = None
+    """Of a compressed language model: float weights whose likeliest tokens are compared with its
+    own; by default those that it came from, where they are still to be found."""
 
     eval_split: Annotated[str | None, tyro.conf.arg(name="split")] = "test"
     """Split to evaluate on."""
@@ -37,11 +41,25 @@ class EvalCommand(BatchOptions, ModelOptions):
 
     def run(self) -> None:
         """Evaluates; writes ``eval-SPLIT-WHICH.json``."""
+        from ssvq_jax.cli.language import is_language
+
         if self.packed is not None:
             if self.weights is not None:
                 raise ValueError("--packed and --weights are the same: leave one out")
             dataclasses.replace(self, packed=None, weights=self.packed).run()
-        elif self.images is not None:
+        elif is_language(self.model, self.weights):
+            from ssvq_jax.cli.evaluate_language import evaluate_language
+
+            evaluate_language(self)
+        else:
+            self.check_images()
+            if self.reference is not None:
+                raise ValueError("--reference is for language models: leave it out")
+            self._judge()
+
+    def _judge(self) -> None:
+        """Judges a model by images."""
+        if self.images is not None:
             self._images(self.images)
         elif self.labels is not None:
             raise ValueError("--labels is for --images: give that, too")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ssvq_jax.cli.options import ModelOptions, TrainingOptions
+from ssvq_jax.cli.options import ModelOptions, TextOptions, TrainingOptions
 from ssvq_jax.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneCommand(TrainingOptions, ModelOptions):
+class FinetuneCommand(TrainingOptions, TextOptions, ModelOptions):
     """Fine-tune a compressed model: codebooks, signs, steps and what stays dense.
 
     Begins with a run of `ssvq compress`, or compresses float weights by --recipe first. Stop it
@@ -43,12 +43,14 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
     """Weight in the loss of how far these are apart."""
     teacher: Path | None = None
     """Float weights of the same model to learn from; by default those that are compressed."""
+    text: tuple[Path, ...] = ()
+    """For a language model, what it is trained on: text files, or Wikipedia dumps (.xml, .bz2)."""
+    eval_text: tuple[Path, ...] = ()
+    """For a language model, what it is judged by."""
 
     def run(self) -> None:
         """Fine-tunes, and writes everything."""
-        from ssvq_jax.cli.session import Distillation, carry_out
-        from ssvq_jax.cli.setup import set_up
-        from ssvq_jax.cli.weights import open_plan
+        from ssvq_jax.cli.language import is_language
         from ssvq_jax.report import print_outcome
 
         self.check_training(self.steps)
@@ -56,6 +58,24 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
         if not self.freezing:
             optimizer = dataclasses.replace(optimizer, freeze=None)
         self._check_distillation()
+        if is_language(self.model, self.weights):
+            from ssvq_jax.cli.finetune_language import finetune_language
+
+            results = finetune_language(self, optimizer)
+        else:
+            self.check_images()
+            if self.eval_text:
+                raise ValueError("--eval-text is for language models: leave it out")
+            results = self._on_images(optimizer)
+        print_outcome("fine-tuned", results)
+        print(f"results, pictures and checkpoints are in {self.out}")
+
+    def _on_images(self, optimizer: OptimizerConfig) -> dict[str, Any]:
+        """Fine-tunes a model for images; gives the content of ``results.json``."""
+        from ssvq_jax.cli.session import Distillation, carry_out
+        from ssvq_jax.cli.setup import set_up
+        from ssvq_jax.cli.weights import open_plan
+
         filled = self.fill({"augment": "none", "label_smoothing": 0.0, "average_decay": 0.0})
         setup = set_up(filled, augment=filled.augment)
         command, weights = setup.options, setup.weights
@@ -67,7 +87,7 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
             optimizer=dataclasses.asdict(optimizer),
             teacher=teacher and teacher.origin,
         )
-        results = carry_out(
+        return carry_out(
             setup,
             config,
             plan,
@@ -82,8 +102,6 @@ class FinetuneCommand(TrainingOptions, ModelOptions):
                 teacher,
             ),
         )
-        print_outcome("fine-tuned", results)
-        print(f"results, pictures and checkpoints are in {command.out}")
 
     def _check_distillation(self) -> None:
         """Raises ValueError for options that nothing would read."""

@@ -17,6 +17,7 @@ from ssvq_jax.cli.cost import CostCommand
 from ssvq_jax.cli.evaluate import EvalCommand
 from ssvq_jax.cli.export import ExportCommand
 from ssvq_jax.cli.finetune import FinetuneCommand
+from ssvq_jax.cli.generate import GenerateCommand
 from ssvq_jax.cli.inspect import InspectCommand
 from ssvq_jax.cli.models import ModelsCommand
 from ssvq_jax.cli.pack import PackCommand
@@ -34,6 +35,7 @@ Command = (
     | Annotated[CompressCommand, tyro.conf.subcommand("compress", prefix_name=False)]
     | Annotated[FinetuneCommand, tyro.conf.subcommand("finetune", prefix_name=False)]
     | Annotated[EvalCommand, tyro.conf.subcommand("eval", prefix_name=False)]
+    | Annotated[GenerateCommand, tyro.conf.subcommand("generate", prefix_name=False)]
     | Annotated[PackCommand, tyro.conf.subcommand("pack", prefix_name=False)]
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect", prefix_name=False)]
     | Annotated[ExportCommand, tyro.conf.subcommand("export", prefix_name=False)]
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _keep_compiled()
     try:
         tyro.cli(Command, prog="ssvq", description=DESCRIPTION, args=arguments).run()
-    except (ValueError, OSError) as error:  # messages that say what to change
+    except (ValueError, OSError, ImportError) as error:  # messages that say what to change
         sys.exit(f"ssvq: error: {error}")
     except KeyboardInterrupt:
         print(

@@ -28,8 +28,8 @@ class ModelOptions:
     flax.linen module, or (module, variables)."""
     weights: Path | None = None
     """Trained weights: the folder of a run, a .safetensors file (packed or plain), an orbax
-    checkpoint or a msgpack file; by default those that the model comes with. What is left out here
-    is then as in the run."""
+    checkpoint or a msgpack file; of a language model also a GGUF file or a Hugging Face folder; by
+    default those that the model comes with. What is left out here is then as in the run."""
     classes: int | None = None
     """Number of classes; by default the data set's."""
     new_head: bool = False
@@ -112,6 +112,42 @@ class BatchOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What a language model reads."""
+
+    text: tuple[Path, ...] = ()
+    """For a language model, what it is judged by: text files, or Wikipedia dumps (.xml, .bz2)."""
+    window: int = 512
+    """For a language model: tokens that it sees at a time."""
+    windows: int | None = None
+    """For a language model: windows to judge by; by default as many as there are, at most 16."""
+    tokenizer: Path | None = None
+    """For a language model: tokenizer.json, model folder or GGUF file; by default what lies with
+    the weights, or with the published ones."""
+
+    def check_images(self) -> None:
+        """Raises ValueError for options that a model for images does not read."""
+        for field in dataclasses.fields(TextOptions):
+            if getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"--{field.name} is for language models, and this is none: leave it out, or "
+                    "give --model smollm2_135m"
+                )
+
+    def check_windows(self) -> None:
+        """Raises ValueError for windows of no text, or numbers out of range."""
+        if not self.text and (self.window, self.windows) != (512, None):
+            raise ValueError("--window and --windows are for --text: give that, too")
+        if self.window < 2:
+            raise ValueError(f"window={self.window}: give at least 2")
+        if self.windows is not None and self.windows < 1:
+            raise ValueError(f"windows={self.windows}: give at least 1")
+
+
+TEXT_OPTIONS = frozenset(field.name for field in dataclasses.fields(TextOptions))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderOptions:
     """Where a run is kept."""
 
@@ -173,5 +209,7 @@ def to_json(command: Any, name: str, **changes: Any) -> dict[str, Any]:
         name: the command's name.
         changes: what the options were resolved to.
     """
-    config = {"command": name, **dataclasses.asdict(command), **changes}
+    text = TEXT_OPTIONS | {"eval_text"}  # say nothing of a model for images
+    options = {key: x for key, x in dataclasses.asdict(command).items() if key not in text}
+    config = {"command": name, **options, **changes}
     return {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}

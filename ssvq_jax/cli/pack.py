@@ -35,7 +35,11 @@ class PackCommand(BatchOptions, ModelOptions):
             raise ValueError(f"out={self.out} is a folder: give a file")
         run = run_config(self.weights)
         told = run is None or run.get("model") is not None  # a model, or that there is none
-        if self.weights is not None and self.model is None and not told:
+        language = (run or {}).get("task") == "language"
+        if language:
+            self.check_unused({"weights", "out", "dense_dtype", "codec"}, "is for images")
+        alone = language or not told
+        if self.weights is not None and self.model is None and alone:
             self._tensors(self.weights / PACKED if self.weights.is_dir() else self.weights)
         else:
             self._model(run or {})

@@ -16,6 +16,7 @@ PACKED = "model.safetensors"  # in the folder of a run
 # A file goes to other machines, and its batch statistics are those that it was judged with.
 _OF_THE_RUN = frozenset({"data_dir", "batch_norm_batches"})
 _SHAPES = frozenset({"image_shape", "outputs"})
+_LANGUAGE = frozenset({"task", "sizes", "vocabulary_crc32", "float_crc32"})
 
 
 def write_packed(
@@ -44,7 +45,7 @@ def write_packed(
     told = {
         name: value
         for name, value in config.items()
-        if name in (INHERITED | _SHAPES) - _OF_THE_RUN and value is not None
+        if name in (INHERITED | _SHAPES | _LANGUAGE) - _OF_THE_RUN and value is not None
     }
     figures = {  # JSON has no NaN
         name: None if isinstance(value, float) and not math.isfinite(value) else value

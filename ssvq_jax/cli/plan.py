@@ -33,16 +33,23 @@ class PlanCommand:
 
     def run(self) -> None:
         """Prints the table."""
-        from ssvq_jax.models import load_model
+        from ssvq_jax.cli.language import is_language
+        from ssvq_jax.models import create, load_model, param_shapes
         from ssvq_jax.plan import make_plan
         from ssvq_jax.recipe import load_recipe
         from ssvq_jax.report import print_bits
 
-        model = load_model(self.model, classes=self.classes, scan=self.scan)
-        variables = model.variables
-        if variables is None:
-            variables = model.shapes(model.image_shape(self.image_size, self.channels))
-        plan = make_plan(variables["params"], load_recipe(self.recipe))
+        if is_language(self.model, None):
+            if self.classes is not None or self.image_size is not None:
+                raise ValueError(f"model '{self.model}' has neither classes nor an image size")
+            params = param_shapes(create(self.model, scan=self.scan))
+        else:
+            model = load_model(self.model, classes=self.classes, scan=self.scan)
+            variables = model.variables
+            if variables is None:
+                variables = model.shapes(model.image_shape(self.image_size, self.channels))
+            params = variables["params"]
+        plan = make_plan(params, load_recipe(self.recipe))
         print_bits(f"{self.model} with {self.recipe}", plan.bits())
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)

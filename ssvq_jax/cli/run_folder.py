@@ -15,7 +15,7 @@ _MAY_CHANGE = frozenset(
 _OURS = (
     *("config.json", "results.json", "metrics.jsonl", "checkpoints", "*plan.json", "eval-*.json"),
     *("accuracy.png", "signs.png", "tradeoff.png", "leaves.png", "analysis.png"),
-    *("model.safetensors", "packed"),
+    *("model.safetensors", "packed", "tokenizer.json", "tokenizer_config.json"),
 )
 
 

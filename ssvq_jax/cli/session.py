@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.packed import PACKED, write_packed
 from ssvq_jax.cli.run_folder import RunFolder
-from ssvq_jax.cli.setup import Setup, has_blocks, make_task
+from ssvq_jax.cli.setup import Setup
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
+    from ssvq_jax.cli.finetune_language import LanguageSetup
     from ssvq_jax.cli.weights import Weights
     from ssvq_jax.plan import Plan
     from ssvq_jax.training.finetune import Finetuned
@@ -39,7 +40,7 @@ class Distillation:
 
 
 def carry_out(
-    setup: Setup[Any],
+    setup: "Setup[Any] | LanguageSetup",
     config: Mapping[str, Any],
     plan: "Plan",
     *,
@@ -73,13 +74,14 @@ def carry_out(
     from ssvq_jax.training.optimizer import make_optimizer
     from ssvq_jax.training.run import RunOptions
 
-    options, images, weights = setup.options, setup.images, setup.weights
+    options: Any = setup.options  # filled in
+    weights = setup.weights
     layout = local_layout(options.devices, shard_state=options.shard_state)
     layout.check_batch(setup.batch_size)
     task = _learning_task(setup, layout.devices, distillation or Distillation())
-    if options.remat and not plan.entries and not has_blocks(setup.model):
+    if options.remat and not plan.entries and not setup.blocks:
         raise ValueError(
-            f"remat: model '{setup.model.name}' has no blocks that are known here, and no weights "
+            f"remat: model '{options.model}' has no blocks that are known here, and no weights "
             "are decoded: use flax.linen.remat in the model"
         )
     run_options = RunOptions(
@@ -120,8 +122,7 @@ def carry_out(
     results = {
         "config": folder.config,
         **provenance(),
-        "train_split": images.train,
-        "eval_split": images.held_out,
+        **setup.splits,
         "steps": steps,
         "optimizer": dataclasses.asdict(optimizer),
         "objective": dataclasses.asdict(task.objective),
@@ -139,19 +140,15 @@ def carry_out(
     return results
 
 
-def _learning_task(setup: Setup[Any], devices: int, distillation: Distillation) -> "Task":
+def _learning_task(
+    setup: "Setup[Any] | LanguageSetup", devices: int, distillation: Distillation
+) -> "Task":
     """The model with its data, and what it is to learn from them and from a teacher."""
     from ssvq_jax.training.objective import Objective, Teacher
 
-    options, features, source = setup.options, distillation.features, distillation.teacher
-    task = make_task(
-        setup.model,
-        setup.images,
-        setup.batch_size,
-        devices=devices,
-        remat=options.remat,
-        features=features,
-    )
+    options: Any = setup.options
+    features, source = distillation.features, distillation.teacher
+    task = setup.task(devices, remat=options.remat, features=features)
     teacher = source and Teacher(task.forward, source.params, source.model_state)
     objective = Objective(
         label_smoothing=options.label_smoothing,
@@ -162,9 +159,11 @@ def _learning_task(setup: Setup[Any], devices: int, distillation: Distillation) 
     return dataclasses.replace(task, objective=objective, teacher=teacher)
 
 
-def pack(setup: Setup[Any], folder: RunFolder, done: "Finetuned") -> dict[str, Any]:
+def pack(
+    setup: "Setup[Any] | LanguageSetup", folder: RunFolder, done: "Finetuned"
+) -> dict[str, Any]:
     """Writes what a run came to as a packed file; gives the size of that."""
-    told = {"split": setup.images.held_out, **done.after._asdict()}
+    told = {"split": setup.splits["eval_split"], **done.after._asdict()}
     state, config = done.state.model_state, folder.config | setup.told
     try:
         return write_packed(folder.path / PACKED, done.packed, state, config, told)

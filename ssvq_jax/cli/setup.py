@@ -75,6 +75,27 @@ class Setup(Generic[OptionsT]):
         return getattr(self.options, "batch_norm_batches", None) or 0
 
     @property
+    def splits(self) -> dict[str, Any]:
+        """What is trained on and judged by, for results."""
+        return {"train_split": self.images.train, "eval_split": self.images.held_out}
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the model has blocks whose activations can be computed again."""
+        return has_blocks(self.model)
+
+    def task(self, devices: int = 1, *, remat: bool = False, features: str | None = None) -> "Task":
+        """The model with its data; see `make_task`."""
+        return make_task(
+            self.model,
+            self.images,
+            self.batch_size,
+            devices=devices,
+            remat=remat,
+            features=features,
+        )
+
+    @property
     def told(self) -> dict[str, Any]:
         """What a packed file needs to be exported by itself."""
         return {"image_shape": list(self.image_shape), "outputs": self.outputs}

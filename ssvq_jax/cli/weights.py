@@ -88,7 +88,7 @@ def open_weights(
     if path is None and model.variables is None and model.name in PUBLISHED:
         path = fetched(model.name)
     if path is not None and run_config(path) is not None:
-        return _from_run(path, shapes, which) if path.is_dir() else _from_packed(path, shapes)
+        return _from_run(path, shapes, which) if path.is_dir() else from_packed(path, shapes)
     foreign = path is not None and is_foreign(path)
     if new_head and path is not None and not foreign:
         raise ValueError(
@@ -144,8 +144,16 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
     return _encoded(params, state["model_state"], plan, variables, origin)
 
 
-def _from_packed(path: Path, shapes: Mapping[str, Any]) -> Weights:
-    """Reads a packed file."""
+def from_packed(path: Path, shapes: Mapping[str, Any]) -> Weights:
+    """Reads a packed file.
+
+    Args:
+        path: the file.
+        shapes: of the model's variables.
+
+    Raises:
+        ValueError: if it is damaged, or of another model.
+    """
     import jax
 
     from ssvq_jax.packing import load

@@ -1,9 +1,49 @@
 """Text for language models as a stream of token windows."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
+
+from ssvq_jax.data.wikipedia import read_articles
+
+
+def read_documents(files: Iterable[Path]) -> Iterator[str]:
+    """Streams the documents of text files.
+
+    Args:
+        files: Wikipedia dumps (``.xml``, ``.bz2``), of which each article is a document, and plain
+            text, of which each file is one.
+
+    Yields:
+        Documents, in the order of the files; what is blank is left out.
+
+    Raises:
+        ValueError: for a file that is missing, holds no text, or cannot be read.
+    """
+    files = list(files)
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no text at {file}: give a text file or a Wikipedia dump (.bz2)")
+    for file in files:
+        is_dump = file.suffix in (".xml", ".bz2")
+        blank = True
+        for document in read_articles(file) if is_dump else [_read(file)]:
+            if document.strip():
+                blank = False
+                yield document
+        if blank:
+            raise ValueError(f"{file} holds no {'articles' if is_dump else 'text'}: give another")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is no text in UTF-8 ({error}): give a text file or a Wikipedia dump (.bz2)"
+        ) from error
 
 
 def token_windows(

@@ -88,14 +88,18 @@ def load_gguf(path: Path, *, scan: bool = False) -> GgufModel:
         ValueError: if the file is damaged or cut short, of another architecture, or lacks or has
             too many tensors.
     """
-    file = GgufFile(path)
+    return gguf_model(GgufFile(path), scan=scan)
+
+
+def gguf_model(file: GgufFile, *, scan: bool = False) -> GgufModel:
+    """Reads the model of an open file; see `load_gguf`."""
     config = read_gguf_config(file)
     tensors = {name: dequantize(tensor) for name, tensor in file.tensors.items()}
     for name, tensor in tensors.items():
         if name.endswith((".attn_q.weight", ".attn_k.weight")):
             tensors[name] = half_rotation(tensor, config.head_dim)
     shapes = llama_shapes(config, scan=scan)
-    variables = convert_layers(tensors, shapes, RULES, source=str(path))
+    variables = convert_layers(tensors, shapes, RULES, source=str(file.path))
     return GgufModel(config, variables, stored_types(file))
 
 

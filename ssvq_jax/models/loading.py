@@ -175,8 +175,12 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
         task = REGISTRY[name].task
         if task != "classification":
             raise ValueError(
-                f"model '{name}' is for {task}: commands take models that classify images, others "
-                "through `ssvq_jax.models.create` in Python"
+                f"model '{name}' is for {task}, and this needs one that classifies images"
+                + (
+                    ": `ssvq compress`, `finetune`, `eval`, `generate`, `plan` take language models"
+                    if task == "language"
+                    else ": use it through `ssvq_jax.models.create` in Python"
+                )
             )
         return LoadedModel(name, create(name, num_classes=classes, scan=scan))
     if scan:

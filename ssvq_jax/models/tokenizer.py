@@ -5,10 +5,12 @@ Both become one of the package `tokenizers`.
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, SupportsInt
 
+from ssvq_jax.atomic import replace_text
 from ssvq_jax.models.gguf_file import INSTALL, GgufFile
 
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -38,6 +40,16 @@ class Tokenizer:
     def vocab(self) -> int:
         """Number of tokens."""
         return self.inner.get_vocab_size()
+
+    @property
+    def checksum(self) -> str:
+        """CRC-32 of the tokens in their order, in hexadecimal: whether two cut text the same way.
+
+        It is the same for a GGUF file and the ``tokenizer.json`` of one model.
+        """
+        vocabulary = self.inner.get_vocab()
+        tokens = "\n".join(sorted(vocabulary, key=vocabulary.__getitem__))
+        return f"{zlib.crc32(tokens.encode()):08x}"
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Cuts a text into tokens; control tokens spelled out in it count as such.
@@ -83,6 +95,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     end = told.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     return _finish(inner, inner.token_to_id(end) if end else None)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the two files that `load_tokenizer` finds in a folder."""
+    end = None if tokenizer.end is None else tokenizer.inner.id_to_token(tokenizer.end)
+    replace_text(folder / "tokenizer_config.json", json.dumps({"eos_token": end}) + "\n")
+    replace_text(folder / "tokenizer.json", tokenizer.inner.to_str())
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:

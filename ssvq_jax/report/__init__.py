@@ -6,6 +6,7 @@ from ssvq_jax.report.provenance import provenance
 from ssvq_jax.report.tables import (
     print_bits,
     print_inspection,
+    print_language,
     print_outcome,
     print_results,
     print_table,
@@ -19,6 +20,7 @@ __all__ = [
     "print_analysis",
     "print_bits",
     "print_inspection",
+    "print_language",
     "print_outcome",
     "print_results",
     "print_table",

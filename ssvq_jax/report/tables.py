@@ -138,6 +138,11 @@ def print_outcome(label: str, results: Mapping[str, Any]) -> None:
             accuracy = _percent(found["accuracy"], found["standard_error"])
             rows.append((name, accuracy, f"{found['loss']:.4f}", f"{found['examples']:,}"))
     print_table("quality", ("model", "accuracy", "loss", "examples"), rows)
+    _print_size(results)
+
+
+def _print_size(results: Mapping[str, Any]) -> None:
+    """Prints what a model takes."""
     if "file_bytes" in results:
         size = f"{results['file_bytes']:,} bytes, model {results['file_ratio']:.2f}x smaller"
     else:
@@ -148,6 +153,38 @@ def print_outcome(label: str, results: Mapping[str, Any]) -> None:
             f"{results['compression_ratio']:.2f}x"
         )
     print(size)
+
+
+def print_language(label: str, results: Mapping[str, Any]) -> None:
+    """Prints what a language model made of a text, and its size.
+
+    Args:
+        label: what the last row is called.
+        results: with ``float`` and ``after``, where they were judged, and the sizes of what is
+            compressed.
+    """
+    rows = []
+    for key, name in {"float": "float32", "after": label}.items():
+        if key in results:
+            found = results[key]
+            agreed = results.get("agreement") if key == "after" else None
+            rows.append(
+                (
+                    name,
+                    f"{found['perplexity']:.2f}",
+                    _percent(found["accuracy"]),
+                    "" if agreed is None else _percent(agreed),
+                    f"{found['tokens']:,}",
+                )
+            )
+    if rows:
+        title = f"{results['windows']} windows of {results['window']} tokens"
+        columns = ("model", "perplexity", "next token right", "says what float says", "tokens")
+        print_table(title, columns, rows)
+    if results.get("note"):
+        print(f"the float weights: {results['note']}")
+    if "file_bytes" in results:
+        _print_size(results)
 
 
 def _percent(share: float, error: float | None = None) -> str:

@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
         accuracy: share of examples whose largest logit is the label's.
         standard_error: of that share, sqrt(p(1 - p)/n).
         loss: mean cross-entropy, nats.
-        examples: n.
+        examples: n; of a language model, the tokens.
     """
 
     accuracy: float
@@ -49,6 +49,7 @@ def make_evaluate(
         right = jnp.argmax(logits, -1) == batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         mask = jnp.asarray(batch["mask"], jnp.float32)
+        mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (right.ndim - 1)), right.shape)
         return jnp.stack([jnp.sum(mask, where=right), jnp.sum(mask * loss), jnp.sum(mask)])
 
     if layout is None:

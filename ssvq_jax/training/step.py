@@ -41,12 +41,13 @@ class Forward(Protocol):
     """A model as a function.
 
     Called with parameters, other collections (batch statistics), images and, in training only, a
-    key; returns logits ``[b, classes]`` and the collections, updated if a key was given.
+    key; returns logits ``[b, classes]`` and the collections, updated if a key was given. The images
+    of a language model are tokens ``[b, t]``, its logits ``[b, t, vocab]``.
     """
 
     def __call__(
         self, params: PyTree, model_state: PyTree, images: Array, key: Key[Array, ""] | None
-    ) -> tuple[Float[Array, "b classes"], PyTree]:
+    ) -> tuple[Float[Array, "b *places classes"], PyTree]:
         """Runs the model."""
         ...
 
@@ -86,7 +87,7 @@ def linen_forward(
 
     def forward(
         params: PyTree, model_state: PyTree, images: Array, key: Key[Array, ""] | None
-    ) -> tuple[Float[Array, "b classes"], PyTree]:
+    ) -> tuple[Float[Array, "b *places classes"], PyTree]:
         train: dict[str, Any] = {"train": key is not None} if takes_train else {}
         variables = {"params": params, **model_state}
         apply = functools.partial(

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ssvq_jax.data.text import token_windows
+from ssvq_jax.data.text import read_documents, token_windows
 
 
 @pytest.mark.parametrize("separator", [None, 0])
@@ -26,3 +26,17 @@ def test_documents_are_read_as_they_are_needed():
 def test_refuses():
     with pytest.raises(ValueError, match="length=0: give at least 1"):
         next(token_windows([[1]], 0))
+
+
+def test_files_of_both_kinds_are_read_in_their_order(tmp_path):
+    page = "<page><ns>0</ns><revision><text>{}</text></revision></page>"
+    dump = f"<mediawiki>{page}{page}</mediawiki>"
+    (tmp_path / "a.txt").write_text("some text\n")
+    (tmp_path / "b.xml").write_text(dump.format("One", "[[Two]]"))
+    files = [tmp_path / name for name in ("b.xml", "a.txt")]
+    assert list(read_documents(files)) == ["One", "Two", "some text\n"]
+    (tmp_path / "c.xml").write_text(dump.format("", "{{only|a template}}"))
+    with pytest.raises(ValueError, match="c.xml holds no articles: give another"):
+        list(read_documents([tmp_path / "c.xml"]))
+    with pytest.raises(ValueError, match="no text at .*d.txt"):
+        next(read_documents([tmp_path / "a.txt", tmp_path / "d.txt"]))  # before any is read

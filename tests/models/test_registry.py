@@ -69,7 +69,10 @@ def test_classes_and_options():
         (lambda: create("resnet18", scan=True), "scan: model 'resnet18' has none"),
         (lambda: create("efficientnet_lite0", remat=True), "remat: model 'efficientnet_lite0' has"),
         (lambda: create("smollm2_135m", num_classes=3), "model 'smollm2_135m' predicts tokens"),
-        (lambda: load_model("smollm2_135m"), "model 'smollm2_135m' is for language: commands take"),
+        (
+            lambda: load_model("smollm2_135m"),
+            "'smollm2_135m' is for language, and this needs",
+        ),
         (lambda: load_model("deeplabv3_mobilenetv2"), "is for segmentation"),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax.training.perplexity import make_perplexity
+from ssvq_jax.training.perplexity import make_perplexity, make_reading
 
 WINDOWS = [np.array(x, np.int32) for x in ([0, 1, 2, 2], [2, 2, 1, 0], [1, 1, 1, 1])]
 
@@ -59,3 +59,20 @@ def test_refuses():
         evaluate(params, [WINDOWS[0][:1]])
     with pytest.raises(ValueError, match="batch=0"):
         make_perplexity(bigram, batch=0)
+
+
+def test_agreement_is_the_share_of_places_with_the_same_likeliest_token():
+    windows = [np.array([0, 1, 2, 3], np.int32), np.array([1, 1, 2, 0], np.int32)]
+
+    def forward(params, tokens):  # the next token is the one that params say for this one
+        return jax.nn.one_hot(params[tokens], 4)
+
+    read = make_reading(forward, batch=3)
+    counting, other = (read(jnp.array(table), windows) for table in ([1, 2, 3, 0], [1, 0, 3, 0]))
+    assert counting.first.tolist() == [[1, 2, 3], [2, 2, 3]]
+    assert other.first.tolist() == [[1, 0, 3], [0, 0, 3]]
+    assert counting.agreement(other) == 3 / 6
+    assert counting.agreement(counting) == 1
+    assert counting.quality.accuracy == 4 / 6
+    with pytest.raises(ValueError, match="compare readings of the same windows"):
+        counting.agreement(read(jnp.array([0, 0, 0, 0]), windows[:1]))
