@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from methods import LEFT_OUT, METHODS
 from protocol import NETWORKS, run_method
+from search import SEED, spread
 from units import Options, Results, Unit, check_choice, work
 
 from ssvq_jax.quantizers import to_json
@@ -40,7 +41,6 @@ USED = {
 }
 FREEZING = ("ssvq-freeze", "ssvq-masked")
 THRESHOLDS = ((0.2, 0.05), (0.1, 0.02), (0.05, 0.01))
-SEED = 100
 TRIALS = 6
 STEPS = 1000
 
@@ -68,13 +68,11 @@ def draw(method: str, trial: int, trials: int = TRIALS) -> OptimizerConfig:
     logarithm, and each choice of thresholds comes as often as the others. A trial has the same
     rates for all methods, as far as they have them.
     """
-    rates: dict[str, Any] = {}
-    for name, bounds in RATES.items():
-        generator = np.random.default_rng([SEED, *name.encode()])
-        places = (generator.permutation(trials) + generator.uniform(size=trials)) / trials
-        low, high = np.log(bounds)
-        if name in USED[method]:
-            rates[name] = float(f"{np.exp(low + places[trial] * (high - low)):.2g}")
+    rates: dict[str, Any] = {
+        name: spread(name, bounds, trials)[trial]
+        for name, bounds in RATES.items()
+        if name in USED[method]
+    }
     freeze = None
     if method in FREEZING:
         order = np.random.default_rng(SEED).permutation(trials)

@@ -14,16 +14,17 @@ The sample holds images that the network was trained on: nothing here is accurac
 """
 
 import dataclasses
+import functools
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
-from compression_tuning import SEED, draw
+from compression_tuning import draw
 from efficientnet_float import MODEL, SAMPLE, Float, make_up_images, open_float
+from search import reported, search_and_report
 from tables import Rows, mean_and_deviation, percent
 from units import PAGE, ROOT, Options, Results, Unit, work
 
@@ -162,7 +163,7 @@ def tables(rows: Rows) -> dict[str, str]:
     """The table of the page, from the rows of all units."""
     lines, found = [], []
     for method, label in LABELS.items():
-        own = [r for r in rows if (r["settings"]["stage"], r["method"]) == ("report", method)]
+        own = reported(rows, method)
         if not own:
             continue
         first, found = own[0], own
@@ -189,34 +190,19 @@ def tables(rows: Rows) -> dict[str, str]:
     return {f"{NAME} table": text}
 
 
-def best_trial(rows: Rows, config: Config, method: str) -> int | None:
-    """The draw with the least divergence on the validation images, once all were run."""
-    own = [r for r in rows if (r["settings"]["stage"], r["method"]) == ("tuning", method)]
-    if len(own) < config.trials:
-        return None
-    return min(own, key=lambda row: row["divergence_validation"])["settings"]["trial"]
-
-
 def compare(config: Config, results: Results) -> Rows:
     """Runs the draws, then the best ones with all seeds."""
     if config.quick:
         return work(
             [unit(config, "report", name, 0, 0) for name in config.methods[-1:]], results, config
         )
-    began, draws = time.perf_counter(), range(config.trials)
-    tuning = [unit(config, "tuning", name, SEED, i) for i in draws for name in config.methods]
-    rows = work(tuning, results, config)
-    best = {name: best_trial(rows, config, name) for name in config.methods}
-    left = dataclasses.replace(config, hours=config.hours - (time.perf_counter() - began) / 3600)
-    return rows + work(
-        [
-            unit(config, "report", name, seed, trial)
-            for seed in config.seeds
-            for name, trial in best.items()
-            if trial is not None
-        ],
+    return search_and_report(
+        functools.partial(unit, config),
+        config.methods,
+        config.trials,
+        "divergence_validation",
         results,
-        left,
+        config,
     )
 
 
