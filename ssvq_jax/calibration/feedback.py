@@ -252,5 +252,5 @@ def _output_energies(
 
         return energy(whole), energy(whole - before), energy(whole - after)
 
-    found = _over_slices(energies, stacked, (moments, weight, before, after))
-    return tuple(jnp.sum(x) for x in found)
+    whole, old, new = _over_slices(energies, stacked, (moments, weight, before, after))
+    return jnp.sum(whole), jnp.sum(old), jnp.sum(new)
