@@ -144,8 +144,8 @@ def gptq(
 
 
 def energy(rows: np.ndarray, moments: np.ndarray) -> float:
-    rows, moments = np.float64(rows), np.float64(moments)
-    return float(np.sum(rows * (moments @ rows)))
+    rows = rows.astype(np.float64)
+    return float(np.sum(rows * (moments.astype(np.float64) @ rows)))
 
 
 def in_turn(rounds: int, *functions: Callable[[], Any]) -> list[float]:

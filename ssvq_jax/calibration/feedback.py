@@ -129,11 +129,6 @@ class _LeafWalk:
     def __post_init__(self) -> None:
         check_calibration(self.leaf, Calibration(inputs=self.inputs))
         row_groups(self.quantizer, self.leaf.slice_spec(), self.inputs.axes)
-        if isinstance(self.entry, SharedEntry) and self.leaf.stacked:
-            raise ValueError(
-                f"leaf '{self.leaf.path}': a stacked leaf that shares the codebook "
-                f"'{self.entry.name}' cannot be fed back: give it a rule of its own"
-            )
 
     @property
     def quantizer(self) -> Quantizer:
@@ -257,5 +252,5 @@ def _output_energies(
 
         return energy(whole), energy(whole - before), energy(whole - after)
 
-    found = _over_slices(energies, stacked, (moments, weight, before, after))
-    return tuple(jnp.sum(x) for x in found)
+    whole, old, new = _over_slices(energies, stacked, (moments, weight, before, after))
+    return jnp.sum(whole), jnp.sum(old), jnp.sum(new)

@@ -27,10 +27,8 @@ INPUTS, OUTPUTS = 32, 24
 
 METHODS = {
     "2 bit": Uniform(bits=2),
-    "3 bit a tensor": Uniform(bits=3, per_channel=False),
     "4 bit, step an input": Uniform(bits=4, channel_axis=0),
     "vector along outputs": Vector(codewords=16, dim=4, iterations=5),
-    "vector along inputs, scaled": Vector(8, 4, axis=0, channel_scale=True, iterations=5),
     "vector along inputs, scaled there": Vector(
         8, 4, axis=0, channel_scale=True, channel_axis=0, iterations=5
     ),
@@ -140,16 +138,17 @@ def test_bfloat16_weights_decode_to_what_the_walk_saw():
     assert report.after < report.before
 
 
-@pytest.mark.parametrize("method", ["3 bit a tensor", "vector along inputs, scaled"])
+@pytest.mark.parametrize(
+    "method", [Uniform(bits=3, per_channel=False), Vector(8, 4, axis=0, channel_scale=True)]
+)
 def test_blocks_change_nothing_but_roundings(method):
     weight, matrix = weight_of(INPUTS, OUTPUTS), correlated()
     spec = LeafSpec("w", weight.shape, "float32")
-    learned = planned(METHODS[method], weight)[1]["vq"]["w"]
-    given = METHODS[method], spec, (0,), weight, learned, matrix
-    whole, *parts = (walked(*given, block=block) for block in (128, 12, 20))
-    for part in parts:
-        np.testing.assert_allclose(part.target, whole.target, atol=2e-6)
-        np.testing.assert_array_equal(part.values, whole.values)
+    learned = planned(method, weight)[1]["vq"]["w"]
+    given = method, spec, (0,), weight, learned, matrix
+    whole, part = (walked(*given, block=block) for block in (128, 12))
+    np.testing.assert_allclose(part.target, whole.target, atol=2e-6)
+    np.testing.assert_array_equal(part.values, whole.values)
 
 
 # Of plans
@@ -271,7 +270,7 @@ def test_rows_of_the_largest_energy_first():
     # One output, inputs alike but for their energy: the last row has to make good all errors.
     weight = jnp.array([[1.0], [0.4], [0.4], [0.4]])
     direction = jnp.array([0.1, 1.0, 2.0, 3.0])
-    matrix = direction[:, None] * direction
+    matrix = jnp.outer(direction, direction)
     _, variables = planned(Uniform(bits=2), weight)
     variables["vq"]["w"]["step"] = jnp.ones(1)
     settings = {"variables": variables, "damping": 1e-4}
@@ -302,10 +301,10 @@ def test_damping_rises_until_the_factor_is_sound():
 def test_inputs_that_were_always_zero_are_rounded_to_nearest(damping):
     weight, matrix = weight_of(INPUTS, OUTPUTS), correlated()
     alive = jnp.ones(INPUTS).at[jnp.array([0, 5, 31])].set(0)
-    matrix = matrix * alive[:, None] * alive
+    matrix = matrix * jnp.outer(alive, alive)
     plan, variables = planned(Uniform(bits=3), weight)
     decoded, report, _ = fed_back(Uniform(bits=3), weight, matrix, damping=damping)
-    same = np.all(decoded == plan.decode(variables)["w"], axis=1)
+    same = np.all(decoded == np.asarray(plan.decode(variables)["w"]), axis=1)
     assert same[[0, 5, 31]].all()
     assert not same.all()
     assert report.damping == np.float32(damping)
@@ -336,7 +335,6 @@ class Whole(Vector):
         (Uniform(), jnp.eye(8), {"damping": -0.1}, "damping=-0.1"),
         (Uniform(), jnp.eye(8), {"damping": float("nan")}, "damping=nan"),
         (Uniform(), jnp.eye(8), {"block": 0}, "block=0"),
-        (Uniform(), jnp.eye(8), {"largest_first": 1}, "largest_first=1"),
         (Vector(2, 3, axis=0, pad=True), jnp.eye(8), {}, "leaf 'w'.*need padding"),
         (Whole(2, 2), jnp.eye(8), {}, "leaf 'w'.*cannot be encoded in parts"),
     ],
@@ -352,11 +350,6 @@ def test_moments_of_leaves_that_are_not_compressed_are_refused():
     variables = plan.init(KEY, params)
     with pytest.raises(ValueError, match=r"\['b'\], which this plan does not compress"):
         feed_back(plan, variables, params, {"b": InputMoments(jnp.eye(6), (0,))})
-    shared = make_plan({"w": weight_of(2, 8, 4)}, [Rule("w", Vector(2, 2), stacked=1, share="s")])
-    variables = shared.init(KEY, {"w": weight_of(2, 8, 4)})
-    inputs = {"w": InputMoments(jnp.stack([jnp.eye(8)] * 2), (0,))}
-    with pytest.raises(ValueError, match="leaf 'w': a stacked leaf that shares"):
-        feed_back(shared, variables, {"w": weight_of(2, 8, 4)}, inputs)
 
 
 def test_a_method_without_parts_says_so_for_a_part_too():
