@@ -33,6 +33,12 @@ class CompressCommand(BatchOptions, FolderOptions, TextOptions, ModelOptions):
     """Preset (ssvq-21x, vq-21x, uniform-8bit, ...) or JSON file."""
     eval_text: tuple[Path, ...] = ()
     """The same as --text."""
+    calibration_text: tuple[Path, ...] = ()
+    """For a language model: text files by which errors of weights are weighed, as much of them as
+    of --text; not those that judge."""
+    feedback: bool = False
+    """For a language model: encode input by input, and let those that follow make good the errors
+    so far (GPTQ); with --calibration-text."""
 
     def run(self) -> None:
         """Compresses, and writes everything."""
@@ -52,6 +58,11 @@ class CompressCommand(BatchOptions, FolderOptions, TextOptions, ModelOptions):
             compress_language(self)
             return
         self.check_images()
+        if self.calibration_text or self.feedback:
+            raise ValueError(
+                "--calibration-text and --feedback are for language models, and this is none: "
+                "leave them out (in Python: ssvq_jax.calibration)"
+            )
         run = run_config(self.weights)
         if self.weights is not None and is_packed(self.weights) and not (run or {}).get("model"):
             raise ValueError(f"{self.weights} is packed already: use `ssvq pack` to change how")

@@ -3,6 +3,12 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+from ssvq_jax.cli.calibrate_language import (
+    CalibrationText,
+    calibration_of,
+    feed_errors_back,
+    open_calibration,
+)
 from ssvq_jax.cli.language import Language, open_language
 from ssvq_jax.cli.language_text import Windows, find_tokenizer, open_tokenizer, open_windows
 from ssvq_jax.cli.options import TEXT_OPTIONS, check_apart
@@ -17,7 +23,10 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.plan import Packed, Plan
     from ssvq_jax.tree import Variables
 
-_USED = TEXT_OPTIONS | {"model", "weights", "scan", "seed", "recipe", "out", "resume"}
+_USED = TEXT_OPTIONS | {
+    *("model", "weights", "scan", "seed", "recipe", "out", "resume"),
+    *("calibration_text", "feedback"),
+}
 
 
 def compress_language(command: "CompressCommand") -> None:
@@ -39,6 +48,11 @@ def compress_language(command: "CompressCommand") -> None:
         raise ValueError(f"{command.weights} is compressed already: give float weights")
     tokenizer, windows = _open_text(command, language)
     plan = open_plan(command.recipe, language.weights)
+    text = None
+    if command.calibration_text or command.feedback:
+        text = open_calibration(
+            command, language, tokenizer or open_tokenizer(language, command.tokenizer), plan
+        )
     told = language.told | {"vocabulary_crc32": tokenizer and tokenizer.checksum}
     seed = command.seed or 0
     config = {
@@ -49,10 +63,11 @@ def compress_language(command: "CompressCommand") -> None:
         "recipe": plan.to_json()["recipe"],
         "seed": seed,
         **(windows.told if windows else {}),
+        **(text.told if text else {}),
     }
     folder = RunFolder(command.out, config, resume=command.resume)
     start = time.perf_counter()
-    variables = _encode(language, plan, seed)
+    variables, calibrated = _encode(language, plan, seed, text)
     packed = plan.finalize(variables)
     seconds = {"encode": time.perf_counter() - start}
     start = time.perf_counter()
@@ -63,7 +78,8 @@ def compress_language(command: "CompressCommand") -> None:
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder.path)
     leaves = leaf_reports(plan, language.weights.params, variables)
-    results = {"note": language.note, **judged, **sizes(plan), **size, "seconds_by_part": seconds}
+    results = {"note": language.note, **calibrated, **judged, **sizes(plan), **size}
+    results["seconds_by_part"] = seconds
     command.report(folder, plan, leaves, results)
     print_language("compressed", results)
     print(f"results, the packed model and its tokenizer are in {command.out}")
@@ -79,18 +95,26 @@ def _open_text(
     return tokenizer, open_windows(command, language, tokenizer)
 
 
-def _encode(language: Language, plan: "Plan", seed: int) -> "Variables":
-    """Encodes the weights.
-
-    What a text says of them (``calibration=`` of `Plan.init`, by leaf path) belongs here, and
-    nowhere else.
-    """
+def _encode(
+    language: Language, plan: "Plan", seed: int, text: CalibrationText | None
+) -> "tuple[Variables, dict[str, Any]]":
+    """Encodes the weights; gives what a calibration text had to do with it, too."""
     import jax
 
     from ssvq_jax.training.finetune import encoding_key
 
-    key = encoding_key(jax.random.key(seed))
-    return plan.init(key, language.weights.params, progress=True)
+    key, params = encoding_key(jax.random.key(seed)), language.weights.params
+    if text is None:
+        return plan.init(key, params, progress=True), {}
+    moments = text.observe(language, plan)
+    print(moments)
+    calibration = calibration_of(plan, moments)
+    variables: Variables = plan.init(key, params, calibration, progress=True)
+    told: dict[str, Any] = text.told | {"few_inputs": moments.few, "not_read": moments.missed}
+    if text.feedback:
+        variables, found = feed_errors_back(language, plan, variables, moments)
+        told |= found
+    return variables, {"calibration": told}
 
 
 def _judge(language: Language, packed: "Packed", windows: Windows) -> dict[str, Any]:

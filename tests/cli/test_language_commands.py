@@ -110,6 +110,7 @@ def as_in_readme(name, original):
         "smollm2_135m": str(original),
         "runs/language": str(original.parent / "run"),
         "articles.txt": str(original / "text.txt"),
+        "held_out.txt": str(original / "text.txt"),
     }
     read = READ if name == "compress" else ()  # eval says it there
     places |= {"512": "32", "16": "3"}
@@ -154,6 +155,9 @@ def test_compress_judges_before_and_after(original, compressed):
     assert results["float"]["tokens"] == 3 * 31
     assert results["float"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     assert results["after"]["perplexity"] != results["float"]["perplexity"]
+    calibration = results["calibration"]
+    assert calibration["calibration_windows"] == 3
+    assert calibration["output_error_after"] < calibration["output_error_before"]
     assert 0.3 < results["agreement"] < 1
     assert results["file_bytes"] == (compressed / "model.safetensors").stat().st_size
     methods = {leaf["path"]: leaf["settings"] for leaf in results["leaves"]}
@@ -203,7 +207,9 @@ def test_generate_is_the_same_from_run_and_file(original, compressed, ssvq, tmp_
 def test_stacked_layers_say_the_same(original, compressed, ssvq, tmp_path):
     recipe = ("--scan", "True", "--recipe", "uniform-4bit-scanned")
     text = ("--eval-text", original / "text.txt", *READ)
-    ssvq("compress", "--weights", original, *recipe, *text, "--out", tmp_path / "stacked")
+    calibration = ("--calibration-text", original / "text.txt", "--feedback")
+    out = ("--out", tmp_path / "stacked")
+    ssvq("compress", "--weights", original, *recipe, *text, *calibration, *out)
     there, here = (
         json.loads((folder / "results.json").read_text())
         for folder in (compressed, tmp_path / "stacked")
@@ -288,6 +294,13 @@ def test_pack_keeps_what_a_file_says(compressed, original, ssvq, tmp_path):
             "--text and --eval-text are the same",
         ),
         (["compress", "--model", "deit_digits", "--out", "x", "--window", "9"], "--window is for"),
+        (["compress", "--model", "deit_digits", "--out", "x", "--feedback"], "are for language"),
+        (["compress", "--weights", "MODEL", "--out", "x", "--feedback"], "--feedback needs a text"),
+        (
+            ["compress", "--weights", "MODEL", "--out", "x", "--feedback", "--recipe", "crvq.json",
+             "--calibration-text", "short.txt"],
+            "of method 'channel_relaxed' cannot be encoded in parts",
+        ),
         (["pack", "--weights", "RUN", "--out", "x", "--data", "cifar10"], "--data is for images"),
         (["generate", "--prompt", "a"], "no model: give --model smollm2_135m"),
         (["generate", "--prompt", "a", "--model", "deit_digits"], "is no language model"),
@@ -302,6 +315,11 @@ def test_errors_say_what_to_change(arguments, message, original, compressed, tmp
     (tmp_path / "blank.txt").write_text("\n ")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "no.bz2").write_bytes(b"no")
+    relaxed = {"method": "channel_relaxed", "codewords": 8}
+    rules = [
+        {"pattern": ".*kernel", "quantizer": relaxed}, {"pattern": ".*", "quantizer": None}
+    ]  # fmt: skip
+    (tmp_path / "crvq.json").write_text(json.dumps({"format": 1, "rules": rules}))
     (tmp_path / "short.txt").write_text("low low low low low"[:19])
     write_tokenizer(tmp_path / "other", "entirely other words " * 9, 290)
     places = {"MODEL": str(original), "RUN": str(compressed)}
