@@ -25,7 +25,10 @@ EXPERIMENTS = (
     "ablation_freezing",
     "gradient_dominance",
     "efficientnet_lite0",
+    "language_curve",
+    "language_finetuning",
 )
+LANGUAGE = ("language_curve", "language_finetuning")  # need a text
 SEARCHES = ("compression_tuning",)  # have seeds of their own, and no tables
 
 
@@ -36,10 +39,14 @@ class Config(Options):
     Attributes:
         only: experiments to run; by default all.
         processes: that share the units of an experiment.
+        wikipedia: dump of articles, for the language experiments, which are left out without.
+        wikitext: WikiText-2's validation text, for the same.
     """
 
     only: tuple[str, ...] = EXPERIMENTS
     processes: int = 1
+    wikipedia: Path | None = None
+    wikitext: Path | None = None
 
 
 def command(name: str, config: Config, hours: float) -> list[str]:
@@ -49,6 +56,9 @@ def command(name: str, config: Config, hours: float) -> list[str]:
         words += ["--data-dir", str(config.data_dir)]
     if name not in SEARCHES:
         words += ["--seeds", *map(str, config.seeds)]
+    if name in LANGUAGE:
+        texts = {"--wikipedia": config.wikipedia, "--wikitext": config.wikitext}
+        words += [word for option, file in texts.items() if file for word in (option, str(file))]
     words += ["--quick"] * config.quick + ["--only-report"] * config.only_report
     return [*words, "--hours", str(hours)]
 
@@ -87,6 +97,9 @@ def main(config: Config) -> None:
             break
         if name in SEARCHES and (config.only_report or config.quick):
             continue  # no tables, and --quick takes rates that were not searched for
+        if name in LANGUAGE and not (config.wikipedia or config.quick or config.only_report):
+            print(f"{name} is left out: give --wikipedia with a dump of articles")
+            continue
         print(f"== {name}", flush=True)
         if not config.only_report:
             run(command(name, config, left), config.processes)

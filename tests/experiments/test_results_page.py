@@ -8,7 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
-EXPERIMENTS = ("compression_curve", "ablation_freezing", "gradient_dominance", "efficientnet_lite0")
+EXPERIMENTS = (
+    "compression_curve",
+    "ablation_freezing",
+    "gradient_dominance",
+    "efficientnet_lite0",
+    "language_curve",
+    "language_finetuning",
+)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -1,0 +1,74 @@
+"""The language experiments on a made-up model, and what they share."""
+
+import json
+
+import jax
+import language_curve
+import language_finetuning
+import numpy as np
+import pytest
+from search import best_trial, reported, spread
+from units import conduct
+
+
+@pytest.fixture(autouse=True)
+def as_users_run():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_a_quick_curve(tmp_path):
+    out = tmp_path / "rows.json"
+    config = language_curve.Config(quick=True, methods=("rtn", "gptq"), bits=(4.0,), out=out)
+    conduct(
+        "language_curve", language_curve.units, language_curve.tables, language_curve.plot, config
+    )
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"float", "rtn", "gptq"}
+    assert rows["float"]["agreement_test"] == 1
+    assert rows["rtn"]["bits_per_weight"] == rows["gptq"]["bits_per_weight"] > 4
+    assert rows["rtn"]["perplexity_test"] != rows["gptq"]["perplexity_test"]
+    assert rows["gptq"]["damping_most"] >= 0.01
+    text = language_curve.tables(list(rows.values()))["language_curve table"]
+    assert len(text.splitlines()) == 2 + 3
+    assert (tmp_path / "language_curve.png").exists()
+
+
+@pytest.mark.slow
+def test_a_quick_finetuning(tmp_path):
+    out = tmp_path / "rows.json"
+    language_finetuning.main(language_finetuning.Config(quick=True, methods=("ssvq",), out=out))
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["perplexity_test"] > 1
+    assert row["seconds_by_part"]["train"] > 0
+
+
+def test_every_rate_of_a_method_is_a_unit_once():
+    found = language_curve.units(language_curve.Config(seeds=(0, 1)))
+    names = [unit.name for unit in found]
+    assert len(names) == len(set(names))
+    assert "smollm2_135m vq 2 bits seed 1" in names
+    assert "smollm2_135m rtn 2 bits seed 1" not in names  # nothing is drawn there
+    with pytest.raises(SystemExit, match="methods=.*choose of"):
+        language_curve.units(language_curve.Config(methods=("none",)))
+
+
+def test_without_a_text_nothing_begins():
+    with pytest.raises(SystemExit, match="give --wikipedia"):
+        language_curve.open_model(language_curve.Config())
+
+
+def test_rates_are_spread_over_their_range():
+    rates = np.log10(spread("codebook", (1e-4, 1e-2), 8))
+    assert sorted(np.floor((rates + 4) * 4).astype(int)) == list(range(8))
+    assert spread("codebook", (1e-4, 1e-2), 8) != spread("sign", (1e-4, 1e-2), 8)
+
+
+def test_the_best_draw_is_known_when_all_were_run():
+    def row(stage, trial, loss):
+        return {"method": "vq", "loss": loss, "settings": {"stage": stage, "trial": trial}}
+
+    rows = [row("tuning", 0, 2.0), row("tuning", 1, 1.0), row("report", 1, 0.5)]
+    assert best_trial(rows, "vq", 2, "loss") == 1
+    assert best_trial(rows, "vq", 3, "loss") is None
+    assert reported(rows, "vq") == rows[2:]
