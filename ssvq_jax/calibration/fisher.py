@@ -119,10 +119,10 @@ def _add_squares(
     chunks = jax.tree.map(
         lambda x: x[:whole].reshape(whole // at_once, at_once, *x.shape[1:]), batch
     )
-    totals, _ = lax.scan(add, dict(totals), chunks)
+    sums, _ = lax.scan(add, dict(totals), chunks)
     if whole < number:
-        totals, _ = add(totals, jax.tree.map(lambda x: x[whole:], batch))
-    return totals
+        sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], batch))
+    return sums
 
 
 def importance_of_inputs(moments: InputMoments, spec: LeafSpec) -> Float[Array, "..."]:

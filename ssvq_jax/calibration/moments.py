@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -243,7 +243,8 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-class _Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Shape:
     """Shapes of `Sums`, and the axes."""
 
     matrix: jax.ShapeDtypeStruct
@@ -286,7 +287,8 @@ def _identity(params: PyTree) -> str:
     """A checksum of the weights."""
     number = 0
     for path, leaf in leaves_by_path(params).items():
-        number = zlib.crc32(np.ascontiguousarray(leaf), zlib.crc32(path.encode(), number))
+        numbers = np.ascontiguousarray(leaf).view(np.uint8).data  # bfloat16 has no buffer
+        number = zlib.crc32(numbers, zlib.crc32(path.encode(), number))
     return f"{number:08x}"
 
 

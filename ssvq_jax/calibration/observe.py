@@ -21,6 +21,7 @@ from ssvq_jax.calibration.products import (
     PRODUCTS,
     Found,
     Use,
+    add,
     add_uses,
     read_product,
 )
@@ -152,7 +153,7 @@ def _total(uses: Mapping[Use, Found], stack: tuple[int, ...]) -> Sums:
             f"leaf '{path}' is multiplied along its axes {axes}: its inputs have no one matrix of "
             "moments; keep it dense (quantizer None), or observe it in one of its uses"
         )
-    matrix: Any = None
+    total: Any = None
     for use, found in uses.items():
         if all(cut.size == whole for cut, whole in zip(use.stack, stack, strict=True)):
             part = found
@@ -160,8 +161,8 @@ def _total(uses: Mapping[Use, Found], stack: tuple[int, ...]) -> Sums:
             at = tuple(slice(cut.start, cut.start + cut.size) for cut in use.stack)
             zeros = (jnp.zeros((*stack, *x.shape[len(stack) :]), x.dtype) for x in found)
             part = Found(*(zero.at[at].set(x) for zero, x in zip(zeros, found, strict=True)))
-        matrix = part if matrix is None else jax.tree.map(jnp.add, matrix, part)
-    return Sums(matrix.matrix, matrix.count, axes[0])
+        total = part if total is None else add(total, part)
+    return Sums(total.matrix, total.number, axes[0])
 
 
 class _Value(NamedTuple):
@@ -187,19 +188,19 @@ class _Observer:
     def run(self, jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[_Value]) -> _Result:
         """Gives the values of a jaxpr's results, and the uses of weights in it."""
         consts = jaxpr.consts if isinstance(jaxpr, ClosedJaxpr) else ()
-        jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-        values = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
-        values |= dict(zip(jaxpr.invars, inputs, strict=True))
+        within = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+        values = dict(zip(within.constvars, map(_Value, consts), strict=True))
+        values |= dict(zip(within.invars, inputs, strict=True))
 
         def read(atoms: Sequence[Any]) -> list[_Value]:
             return [_literal(x) if isinstance(x, Literal) else values[x] for x in atoms]
 
         uses: dict[Use, Found] = {}
-        for eqn in jaxpr.eqns:
-            results, found = self._equation(eqn, jaxpr, read(eqn.invars))
+        for eqn in within.eqns:
+            results, found = self._equation(eqn, within, read(eqn.invars))
             values.update(zip(eqn.outvars, results, strict=True))
             uses = add_uses(uses, found)
-        return read(jaxpr.outvars), uses
+        return read(within.outvars), uses
 
     def _equation(self, eqn: JaxprEqn, within: Jaxpr, inputs: list[_Value]) -> _Result:
         views = [value.view for value in inputs]
@@ -345,7 +346,8 @@ class _Observer:
 
 
 def _literal(literal: Literal) -> _Value:
-    return _Value(jnp.asarray(literal.val, literal.aval.dtype))
+    kind: Any = literal.aval
+    return _Value(jnp.asarray(literal.val, kind.dtype))
 
 
 def _zeros(function: Callable[..., dict[Use, Found]], *inputs: Any) -> dict[Use, Found]:

@@ -34,11 +34,11 @@ class Found(NamedTuple):
 
     Attributes:
         matrix: float32 ``[*stack, c, c]``; an axis that a loop goes through has length 1.
-        count: number of inputs, int32 ``[*stack]``.
+        number: of inputs, int32 ``[*stack]``.
     """
 
     matrix: Float[Array, "*stack c c"]
-    count: Int[Array, "*stack"]
+    number: Int[Array, "*stack"]
 
 
 def read_product(eqn: JaxprEqn, view: View, side: int, other: Array) -> tuple[Use, Found] | str:
@@ -87,15 +87,20 @@ def _read(
     lead = rows.shape[: len(batch)]
     middle = rows.shape[len(batch) : len(batch) + summed]
     x = rows.astype(jnp.float32).reshape(*lead, *middle, *(factor.size for factor in inputs))
-    front = sorted(range(len(batch)), key=lambda i: -1 if slices[i] is None else slices[i])
+    places = [-1 if axis is None else axis for axis in slices]
+    front = sorted(range(len(batch)), key=places.__getitem__)
     between = range(len(batch), len(batch) + summed)
     # Rows in the weight's own order: its axes ascending, the last one fastest.
     order = sorted(range(len(inputs)), key=lambda i: (inputs[i].axis, -inputs[i].stride))
     x = x.transpose(*front, *between, *(len(batch) + summed + i for i in order))
     x = x.reshape(*(lead[i] for i in front), *middle, size)
-    dims = ((tuple(between), tuple(between)), (tuple(range(len(batch))),) * 2)
+    summing, kept = tuple(between), tuple(range(len(batch)))
     matrix = lax.dot_general(
-        x, x, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        x,
+        x,
+        ((summing, summing), (kept, kept)),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
     stack = [1 if cut.loop is not None else cut.size for cut in view.stack]
     count = jnp.full(stack, math.prod(middle), jnp.int32)

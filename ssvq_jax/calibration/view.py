@@ -95,7 +95,8 @@ class View:
             gone = eqn.params["dimensions"]
             return self._with(dim for axis, dim in enumerate(self.dims) if axis not in gone)
         if name in ("broadcast_in_dim", "expand_dims"):
-            return self._reshaped(eqn.outvars[0].aval.shape)  # None if anything is repeated
+            shape: Any = eqn.outvars[0].aval
+            return self._reshaped(shape.shape)  # None if anything is repeated
         return self._sliced(eqn.params) if name == "slice" else None
 
     def _with(self, dims: Any) -> "View":

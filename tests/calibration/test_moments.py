@@ -154,6 +154,16 @@ def test_sums_of_another_run_are_refused(params, plan, batches, tmp_path):
             input_moments(network, params, plan, batches, folder=tmp_path)
 
 
+def test_sums_of_half_precision_weights_are_saved(params, batches, tmp_path):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    plan = ssvq.make_plan(half, RULES)
+    data = [batch.astype(jnp.bfloat16) for batch in batches]
+    moments = input_moments(network, half, plan, data, folder=tmp_path).inputs
+    same(input_moments(network, half, plan, data, folder=tmp_path).inputs, moments)
+    x = np.concatenate(data).astype(np.float32)
+    np.testing.assert_allclose(moments["first"].matrix, x.T @ x / 20, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_inputs_that_are_no_numbers(params, plan, batches, bad):
     spoiled = [*batches[:2], batches[2].at[1, 1].set(bad), batches[3]]
