@@ -1,6 +1,5 @@
 """The two experiments with networks of ImageNet, without their weights and data."""
 
-import dataclasses
 import json
 
 import efficientnet_float
@@ -9,6 +8,7 @@ import imagenet_deit_tiny as deit
 import jax
 import numpy as np
 import pytest
+from search import SEED
 
 from ssvq_jax.models import create, param_shapes
 from ssvq_jax.recipe import PRESETS
@@ -22,7 +22,7 @@ def lite_shapes():
 
 
 def lite_units():
-    tuning = [lite.unit(LITE, "tuning", m, lite.SEED, i) for m in LITE.methods for i in range(4)]
+    tuning = [lite.unit(LITE, "tuning", m, SEED, i) for m in LITE.methods for i in range(4)]
     return tuning + [lite.unit(LITE, "report", m, s, 0) for m in LITE.methods for s in LITE.seeds]
 
 
@@ -122,13 +122,6 @@ def test_table_of_lite_is_of_the_reported_rows():
     assert "of 2 seeds" in text
     assert "9.0" not in text
     assert "| MVQ" not in text
-
-
-def test_best_trial_waits_for_all_draws():
-    config = dataclasses.replace(LITE, trials=2)
-    rows = [lite_row("vq", "tuning", 0, 100, 2.0)]
-    assert lite.best_trial(rows, config, "vq") is None
-    assert lite.best_trial([*rows, lite_row("vq", "tuning", 1, 100, 1.0)], config, "vq") == 1
 
 
 def test_deit_runs_ten_epochs_and_freezes_every_500_updates():
