@@ -265,7 +265,11 @@ def _shapes(
         return {path: (one.matrix, one.count) for path, one in seen.sums.items()}
 
     found = jax.eval_shape(arrays, params, _arguments(batch))
-    return {path: _Shape(*found[path], axes[path]) for path in stacked if path in found}, missed
+    return {
+        path: _Shape(found[path][0], found[path][1], axes[path])
+        for path in stacked
+        if path in found
+    }, missed
 
 
 def _groups(shapes: Mapping[str, _Shape], most_bytes: int | None) -> list[dict[str, _Shape]]:
