@@ -164,7 +164,7 @@ def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
         **told,
         "quantizer": to_json(quantizer),
         "weighted": method.weighted,
-        "feedback": method.feedback,
+        "feedback": "largest inputs first" if method.feedback else None,
         "windows": config.windows,
         "window": WINDOW,
         "wikitext": config.wikitext is not None,
@@ -185,7 +185,9 @@ def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
         )
         report: Mapping[str, Any] = {}
         if method.feedback:
-            variables, report = feed_back(plan, variables, language.params, moments)
+            variables, report = feed_back(
+                plan, variables, language.params, moments, largest_first=True
+            )
         packed = plan.finalize(variables)
         encoded = time.perf_counter() - began
         params = packed.decode()

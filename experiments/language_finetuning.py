@@ -13,12 +13,13 @@ Expected: SSVQ below VQ.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
+from jaxtyping import Int32
 from language import MODEL, Language, Window
 from language_curve import Config as TextConfig
 from language_curve import calibration_of, moments_of, open_model, plan_of
@@ -28,6 +29,7 @@ from tables import Rows, mean_and_deviation, percent
 from units import PAGE, Results, Unit, check_choice, work
 
 import ssvq_jax as ssvq
+from ssvq_jax.data.token_batches import eval_token_batches, train_token_batches
 from ssvq_jax.plan import Plan
 from ssvq_jax.quantizers import Quantizer, to_json
 from ssvq_jax.report.pages import insert, markdown_table
@@ -35,7 +37,7 @@ from ssvq_jax.training.finetune import Finetuned, finetune
 from ssvq_jax.training.objective import Objective, Teacher
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig
 from ssvq_jax.training.run import Task
-from ssvq_jax.training.step import Batch, linen_forward
+from ssvq_jax.training.step import linen_forward
 
 NAME = "language_finetuning"
 BITS = 2.0
@@ -79,17 +81,15 @@ def draw(method: str, trial: int, trials: int, config: Config) -> OptimizerConfi
     )
 
 
-def train_batches(windows: list[Window], tokens: int, seed: int) -> Iterator[Batch]:
-    """Endless single windows in an order of the seed's, tokens and what follows each."""
-    pieces = [
-        window[i : i + tokens + 1]
-        for window in windows
-        for i in range(0, len(window) - tokens, tokens)
-    ]
-    random = np.random.default_rng(seed)
-    while True:
-        for i in random.permutation(len(pieces)):
-            yield {"image": pieces[i][None, :-1], "label": pieces[i][None, 1:]}
+def pieces(windows: list[Window], tokens: int) -> Int32[np.ndarray, "n t"]:
+    """Windows cut into shorter ones, each with the token that follows it."""
+    return np.stack(
+        [
+            window[i : i + tokens + 1]
+            for window in windows
+            for i in range(0, len(window) - tokens, tokens)
+        ]
+    )
 
 
 def task_of(language: Language, config: Config) -> Task:
@@ -97,16 +97,12 @@ def task_of(language: Language, config: Config) -> Task:
     module = dataclasses.replace(language.module, remat=True)
     forward = linen_forward(module)
     texts = language.texts.windows
-
-    def eval_batches() -> Iterator[Batch]:
-        for window in texts["validation"]:
-            mask = np.ones((1, len(window) - 1), np.float32)
-            yield {"image": window[None, :-1], "label": window[None, 1:], "mask": mask}
-
+    learned = pieces(texts["training"], config.tokens)
+    held_out = np.stack(texts["validation"])
     return Task(
         forward,
-        lambda seed: train_batches(texts["training"], config.tokens, seed),
-        eval_batches,
+        lambda seed: train_token_batches(learned, 1, seed=seed),
+        lambda: eval_token_batches(held_out, 1),
         Objective(distill=1.0),
         Teacher(linen_forward(language.module), language.params, {}),
     )
