@@ -101,7 +101,7 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("settings", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("settings", CONVOLUTIONS)
 def test_convolutions(settings):
     size = settings["kernel_size"]
     x = drawn(2, *(7, 6)[: len(size)], 4)
