@@ -8,7 +8,7 @@
 Pointwise kernels have 1.75 bits a weight and codebooks, one for some 200,000 to 450,000 weights;
 depthwise ones, stem and classifier are int8 for every method, batch norm and biases float. Every
 method gets the same draws of learning rates, judged by the divergence from the float network on
-validation images, then three seeds, judged on images that nothing was chosen by. 5 to 10 minutes
+validation images, then three seeds, judged on images that nothing was chosen by. 8 to 12 minutes
 a unit on one core, 21 units. Results of a folder go to runs/.
 The sample holds images that the network was trained on: nothing here is accuracy on ImageNet.
 """

@@ -9,13 +9,14 @@ Every fifth article is held out to report and the ones after them to validate; t
 All kernels of the layers are compressed, embedding and norms stay as they are. A row is one method
 at one rate: moments of the layers' inputs over 16 windows of 512 tokens, encoding, and the decoded
 model judged on 16 windows of each text. Some minutes a unit on two cores; nothing is trained.
-The weights are published in 5 bits (Q4_1), so "float" is a 4-bit model's values.
+The weights are published in 5 bits (Q4_1), so "float" is a 5-bit model's values.
 Expected at 2 bits: feedback below plain, rotated PVQ below rounding; near 1 bit: CRVQ below VQ.
 """
 
 import dataclasses
 import functools
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,14 @@ def plan_of(quantizer: Quantizer, params: PyTree) -> Plan:
     return make_plan(params, [ssvq.Rule(KERNELS, quantizer, stacked=1), (".*", None)])
 
 
+def read(config: Config) -> dict[str, Any]:
+    """What settings say of weights and texts: checksums, so that no others pass for them."""
+    files = {"weights": config.weights, "wikipedia": config.wikipedia, "wikitext": config.wikitext}
+    given = {name: file for name, file in files.items() if file is not None}
+    sums = {f"{name}_crc32": f"{zlib.crc32(file.read_bytes()):08x}" for name, file in given.items()}
+    return {"windows": config.windows, "window": WINDOW, **sums}
+
+
 def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
     """One method at one rate."""
     method = METHODS[name]
@@ -165,9 +174,7 @@ def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
         "quantizer": to_json(quantizer),
         "weighted": method.weighted,
         "feedback": "largest inputs first" if method.feedback else None,
-        "windows": config.windows,
-        "window": WINDOW,
-        "wikitext": config.wikitext is not None,
+        **read(config),
     }
 
     def run() -> dict[str, Any]:
@@ -221,7 +228,7 @@ def float_unit(config: Config) -> Unit:
             row |= language.judge(language.params, part)
         return row
 
-    settings = {**told, "windows": config.windows, "window": WINDOW}
+    settings = {**told, **read(config)}
     return Unit(f"{MODEL} float", settings, run)
 
 
@@ -278,7 +285,7 @@ def plot(rows: Rows, folder: Path) -> None:
     """Draws perplexity against stored bits."""
     figure, axes = new_figure()
     for row in select(rows, method="float"):
-        axes.axhline(row["perplexity_test"], color="grey", linestyle=":", label="4-bit source")
+        axes.axhline(row["perplexity_test"], color="grey", linestyle=":", label="as published")
     for name, method in METHODS.items():
         of_method = select(rows, method=name)
         rates = sorted({row["bits"] for row in of_method})

@@ -22,13 +22,14 @@ import tyro
 from jaxtyping import Int32
 from language import MODEL, Language, Window
 from language_curve import Config as TextConfig
-from language_curve import calibration_of, moments_of, open_model, plan_of
+from language_curve import calibration_of, moments_of, open_model, plan_of, read
 from memory import begin_peak, peak_gigabytes
 from search import reported, search_and_report, spread
 from tables import Rows, mean_and_deviation, percent
 from units import PAGE, Results, Unit, check_choice, work
 
 import ssvq_jax as ssvq
+from ssvq_jax.data.text import token_windows
 from ssvq_jax.data.token_batches import eval_token_batches, train_token_batches
 from ssvq_jax.plan import Plan
 from ssvq_jax.quantizers import Quantizer, to_json
@@ -51,10 +52,11 @@ RATES = {"dense": (1e-6, 1e-4), "codebook": (1e-4, 1e-2), "sign": (3e-5, 3e-3)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(TextConfig):
-    """Settings; `bits` is 2 here.
+    """Settings.
 
     Attributes:
         methods: to fine-tune.
+        bits: 2 alone.
         trials: draws of learning rates a method.
         steps: updates of a fine-tuning.
         tokens: of a window that is trained on.
@@ -82,14 +84,8 @@ def draw(method: str, trial: int, trials: int, config: Config) -> OptimizerConfi
 
 
 def pieces(windows: list[Window], tokens: int) -> Int32[np.ndarray, "n t"]:
-    """Windows cut into shorter ones, each with the token that follows it."""
-    return np.stack(
-        [
-            window[i : i + tokens + 1]
-            for window in windows
-            for i in range(0, len(window) - tokens, tokens)
-        ]
-    )
+    """Windows as one stream, cut anew, each piece with the token that follows it."""
+    return np.stack(list(token_windows([np.concatenate(windows).tolist()], tokens + 1)))
 
 
 def task_of(language: Language, config: Config) -> Task:
@@ -119,8 +115,7 @@ def unit(config: Config, stage: str, method: str, seed: int, trial: int) -> Unit
         "quantizer": to_json(QUANTIZERS[method]),
         "steps": config.steps,
         "tokens": config.tokens,
-        "windows": config.windows,
-        "wikitext": config.wikitext is not None,
+        **read(config),
         "optimizer": dataclasses.asdict(optimizer),
     }
     name = f"{MODEL} {method} " + (f"trial {trial} " if stage == "tuning" else "") + f"seed {seed}"
@@ -204,6 +199,7 @@ def tables(rows: Rows) -> dict[str, str]:
 def compare(config: Config, results: Results) -> Rows:
     """Runs the draws, then the best ones with all seeds."""
     check_choice("methods", config.methods, QUANTIZERS)
+    check_choice("bits", config.bits, (BITS,))
     if config.quick:
         quick = [unit(config, "report", name, 0, 0) for name in config.methods]
         return work(quick, results, config)

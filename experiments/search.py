@@ -34,7 +34,8 @@ def best_trial(rows: Rows, method: str, trials: int, judged_by: str) -> int | No
     own = [r for r in rows if (r["settings"]["stage"], r["method"]) == ("tuning", method)]
     if len(own) < trials:
         return None
-    return min(own, key=lambda row: row[judged_by])["settings"]["trial"]
+    losses = [row[judged_by] if math.isfinite(row[judged_by]) else math.inf for row in own]
+    return own[losses.index(min(losses))]["settings"]["trial"]
 
 
 def search_and_report(

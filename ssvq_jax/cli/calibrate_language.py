@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.language import Language
@@ -36,17 +36,18 @@ class CalibrationText:
         found = {f"calibration_{key}": value for key, value in self.windows.told.items()}
         return {**found, "feedback": self.feedback}
 
-    def observe(self, language: Language, plan: "Plan") -> "Moments":
-        """Reads the second moments of what every compressed weight is multiplied with.
+    def check(self, language: Language, plan: "Plan") -> None:
+        """Raises ValueError if there is nothing to read, or it would not fit into the memory."""
+        from ssvq_jax.calibration import moments_bytes
 
-        Raises:
-            ValueError: if they would not fit into the memory that is left.
-        """
-        from ssvq_jax.calibration import input_moments, moments_bytes
-
-        batches = [window[None, :-1] for window in self.windows.tokens]
-        params = language.weights.params
-        needed = 2 * sum(moments_bytes(language.forward, params, plan, batches[0]).values())
+        params, batch = language.weights.params, self.windows.tokens[:1, :-1]
+        found = moments_bytes(language.forward, params, plan, batch)
+        if not found:
+            raise ValueError(
+                "--calibration-text: the recipe compresses no weight whose inputs can be read: "
+                "leave it out"
+            )
+        needed = 2 * sum(found.values())
         left = _free_bytes()
         if left is not None and needed > left:
             raise ValueError(
@@ -54,6 +55,13 @@ class CalibrationText:
                 f"inputs, and {left / 1e9:.1f} GB are free: free some, compress fewer leaves, or "
                 "leave --calibration-text out"
             )
+
+    def observe(self, language: Language, plan: "Plan") -> "Moments":
+        """Reads the second moments of what every compressed weight is multiplied with."""
+        from ssvq_jax.calibration import input_moments
+
+        batches = [window[None, :-1] for window in self.windows.tokens]
+        params = language.weights.params
         return input_moments(language.forward, params, plan, batches, optional=True, progress=True)
 
 
@@ -63,8 +71,9 @@ def open_calibration(
     """Opens the calibration text of a command; None if it has none.
 
     Raises:
-        ValueError: for a text that is missing or too short, feedback without one, or feedback with
-            a method that encodes weights as a whole only.
+        ValueError: for a text that is missing, too short or also judges, one that would take more
+            memory than there is, feedback without one, or feedback with a method that encodes
+            weights as a whole only.
     """
     if not command.calibration_text:
         if command.feedback:
@@ -73,8 +82,18 @@ def open_calibration(
     if command.feedback:
         for entry in plan.entries:
             entry.quantizer.slice_parts(entry.spec.slice_spec())
+    shared = {file.resolve() for file in command.calibration_text} & {
+        file.resolve() for file in command.text
+    }
+    if shared:
+        raise ValueError(
+            f"{shared.pop()} is in --calibration-text and in --text: judge by a text that had no "
+            "part in the compression"
+        )
     text = dataclasses.replace(command, text=command.calibration_text)
-    return CalibrationText(open_windows(text, language, tokenizer), command.feedback)
+    found = CalibrationText(open_windows(text, language, tokenizer), command.feedback)
+    found.check(language, plan)
+    return found
 
 
 def calibration_of(plan: "Plan", moments: "Moments") -> "dict[str, Calibration]":
@@ -110,8 +129,9 @@ def _summary(report: "Mapping[str, LeafFeedback]") -> dict[str, Any]:
 
 
 def _free_bytes() -> int | None:
-    """Memory that can be had without swapping, where the system says."""
-    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
-    if "SC_AVPHYS_PAGES" not in names:
+    """Memory that can be had without swapping, where the system says (Linux)."""
+    told = Path("/proc/meminfo")
+    if not told.exists():
         return None
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = (line.split() for line in told.read_text().splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)

@@ -136,7 +136,10 @@ class TextOptions:
 
     def check_windows(self) -> None:
         """Raises ValueError for windows of no text, or numbers out of range."""
-        if not self.text and (self.window, self.windows) != (512, None):
+        if not (self.text or getattr(self, "calibration_text", ())) and (
+            self.window,
+            self.windows,
+        ) != (512, None):
             raise ValueError("--window and --windows are for --text: give that, too")
         if self.window < 2:
             raise ValueError(f"window={self.window}: give at least 2")

@@ -100,6 +100,7 @@ def original(tmp_path_factory):
     write_tokenizer(folder)
     write_weights(folder)
     (folder / "text.txt").write_text(TEXT)
+    (folder / "articles.txt").write_text(TEXT[::-1])
     return folder
 
 
@@ -109,7 +110,7 @@ def as_in_readme(name, original):
         "--model": "--weights",
         "smollm2_135m": str(original),
         "runs/language": str(original.parent / "run"),
-        "articles.txt": str(original / "text.txt"),
+        "articles.txt": str(original / "articles.txt"),
         "held_out.txt": str(original / "text.txt"),
     }
     read = READ if name == "compress" else ()  # eval says it there
@@ -207,7 +208,7 @@ def test_generate_is_the_same_from_run_and_file(original, compressed, ssvq, tmp_
 def test_stacked_layers_say_the_same(original, compressed, ssvq, tmp_path):
     recipe = ("--scan", "True", "--recipe", "uniform-4bit-scanned")
     text = ("--eval-text", original / "text.txt", *READ)
-    calibration = ("--calibration-text", original / "text.txt", "--feedback")
+    calibration = ("--calibration-text", original / "articles.txt", "--feedback")
     out = ("--out", tmp_path / "stacked")
     ssvq("compress", "--weights", original, *recipe, *text, *calibration, *out)
     there, here = (
@@ -296,6 +297,11 @@ def test_pack_keeps_what_a_file_says(compressed, original, ssvq, tmp_path):
         (["compress", "--model", "deit_digits", "--out", "x", "--window", "9"], "--window is for"),
         (["compress", "--model", "deit_digits", "--out", "x", "--feedback"], "are for language"),
         (["compress", "--weights", "MODEL", "--out", "x", "--feedback"], "--feedback needs a text"),
+        (
+            ["compress", "--weights", "MODEL", "--out", "x", "--calibration-text", "short.txt",
+             "--text", "short.txt", "--window", "2"],
+            "short.txt is in --calibration-text and in --text",
+        ),
         (
             ["compress", "--weights", "MODEL", "--out", "x", "--feedback", "--recipe", "crvq.json",
              "--calibration-text", "short.txt"],

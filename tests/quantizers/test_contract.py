@@ -95,16 +95,24 @@ SPECS = {
     "stacked": LeafSpec("w", (3, 16, 24), "float32", stacked=1),
     "stacked twice": LeafSpec("w", (2, 2, 16, 8), "float32", stacked=2),
 }
+# Their methods have another case; these take long to compile.
+SLOW = ("channel relaxed padded, as in the paper", "pyramid, several words")
+
+
+def marks(name):
+    return [pytest.mark.slow] if name in SLOW else []
+
+
 every_case = pytest.mark.parametrize(
     ("quantizer", "spec"),
     [
-        pytest.param(q, s, id=f"{name}-{kind}")
+        pytest.param(q, s, id=f"{name}-{kind}", marks=marks(name))
         for name, q in CASES.items()
         for kind, s in SPECS.items()
     ],
 )
 every_quantizer = pytest.mark.parametrize(
-    "quantizer", [pytest.param(q, id=name) for name, q in CASES.items()]
+    "quantizer", [pytest.param(q, id=name, marks=marks(name)) for name, q in CASES.items()]
 )
 
 

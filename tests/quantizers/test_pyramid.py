@@ -57,7 +57,10 @@ def test_every_point_has_its_number_and_comes_back(dim, pulses):
     assert np.array_equal(pyramid.point(index, dim, pulses), points)
 
 
-@pytest.mark.parametrize(("dim", "pulses", "bits"), [(16, 16, 38), (32, 32, 78), (64, 60, 154)])
+@pytest.mark.parametrize(
+    ("dim", "pulses", "bits"),
+    [(16, 16, 38), (32, 32, 78), pytest.param(64, 60, 154, marks=pytest.mark.slow)],
+)
 def test_numbers_of_several_words(dim, pulses, bits):
     assert pyramid.width(dim, pulses) == bits
     generator = np.random.default_rng(0)
