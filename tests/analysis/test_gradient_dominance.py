@@ -184,6 +184,8 @@ def codebook_gradients(plan, variables, gradients):
 @pytest.mark.parametrize("method", CODEBOOK_METHODS)
 @pytest.mark.parametrize("kind", ["plain", "padded", "scaled", "stacked", "shared", "float16"])
 def test_member_gradients_add_up_to_the_codebooks(method, kind):
+    if kind == "shared" and not method.separable:
+        pytest.skip("its leaves share no codebook")
     options = {
         "padded": {"pad": True},
         "scaled": {"channel_scale": True},

@@ -17,18 +17,21 @@ def as_users_run():
         yield
 
 
-def test_a_quick_curve(tmp_path):
+@pytest.mark.parametrize("other", ["vq", pytest.param("gptq", marks=pytest.mark.slow)])
+def test_a_quick_curve(other, tmp_path):
     out = tmp_path / "rows.json"
-    config = language_curve.Config(quick=True, methods=("rtn", "gptq"), bits=(4.0,), out=out)
+    config = language_curve.Config(quick=True, methods=("rtn", other), bits=(4.0,), out=out)
     conduct(
         "language_curve", language_curve.units, language_curve.tables, language_curve.plot, config
     )
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {"float", "rtn", "gptq"}
+    assert set(rows) == {"float", "rtn", other}
     assert rows["float"]["agreement_test"] == 1
-    assert rows["rtn"]["bits_per_weight"] == rows["gptq"]["bits_per_weight"] > 4
-    assert rows["rtn"]["perplexity_test"] != rows["gptq"]["perplexity_test"]
-    assert rows["gptq"]["damping_most"] >= 0.01
+    assert rows["rtn"]["bits_per_weight"] > 4
+    assert rows["rtn"]["perplexity_test"] != rows[other]["perplexity_test"]
+    if other == "gptq":
+        assert rows["gptq"]["bits_per_weight"] == rows["rtn"]["bits_per_weight"]
+        assert rows["gptq"]["damping_most"] >= 0.0099  # 0.01 as a float32
     text = language_curve.tables(list(rows.values()))["language_curve table"]
     assert len(text.splitlines()) == 2 + 3
     assert (tmp_path / "language_curve.png").exists()
