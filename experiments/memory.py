@@ -1,5 +1,6 @@
 """Peak memory of a part of a process."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def begin_peak() -> None:
     """Lets the peak begin anew, where the system can (Linux); else it is that since the start."""
-    if _CLEAR.exists():
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
 
 

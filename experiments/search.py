@@ -63,6 +63,9 @@ def search_and_report(
     tuning = [unit("tuning", name, SEED, i) for i in range(trials) for name in methods]
     rows = work(tuning, results, options)
     best = {name: best_trial(rows, name, trials, judged_by) for name in methods}
+    if None in best.values():
+        print("draws are left: once all were run, the same command runs the best of them")
+        return rows
     left = dataclasses.replace(options, hours=options.hours - (time.perf_counter() - began) / 3600)
     return rows + work(
         [

@@ -108,7 +108,8 @@ def finetune_language(command: "FinetuneCommand", optimizer: "OptimizerConfig") 
     check_apart(command.out, command.weights)
     if not command.text or not command.eval_text:
         raise ValueError("no text: give --text to train on, and --eval-text to judge by")
-    if set(command.text) & set(command.eval_text):
+    texts = ({file.resolve() for file in x} for x in (command.text, command.eval_text))
+    if set.intersection(*texts):
         raise ValueError("--text and --eval-text have a file in common: judge by another one")
     filled = command.fill({"label_smoothing": 0.0, "average_decay": 0.0})
     language = open_language(command.model, command.weights, scan=command.scan)
@@ -135,6 +136,7 @@ def finetune_language(command: "FinetuneCommand", optimizer: "OptimizerConfig") 
         "eval_text": [str(file) for file in command.eval_text],
         "window": command.window,
         "windows": len(setup.held_out.tokens),
+        "tokens_crc32": [x.told["tokens_crc32"] for x in (setup.train, setup.held_out)],
     }
     results = carry_out(
         setup,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,9 @@ class Windows:
     def told(self) -> dict[str, Any]:
         """What results say of it."""
         count, length = self.tokens.shape
-        return {"text": [str(file) for file in self.files], "windows": count, "window": length}
+        sizes = {"windows": count, "window": length}
+        checksum = f"{zlib.crc32(self.tokens.tobytes()):08x}"
+        return {"text": [str(file) for file in self.files], **sizes, "tokens_crc32": checksum}
 
     def read(self, language: Language, params: Sequence["Callable[[], PyTree]"]) -> "list[Reading]":
         """Lets models of one shape read it, compiled once.
