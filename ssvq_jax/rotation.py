@@ -3,8 +3,9 @@
 A Hadamard matrix of order n = 2^a m, m odd, is the Kronecker product of the fast transform's
 [[1, 1], [1, -1]] and one of the smallest order 2^b m that Paley's constructions give: q + 1 for a
 prime q = 3 mod 4, 2 (q + 1) for a prime q = 1 mod 4. So 12, 20, 28 and 36 exist, and with them 192,
-576, 768 and 1536. Where none is found (odd sizes, 92, 172), two transforms of the largest power of
-two below n mix the first and then the last so many coordinates: still orthogonal.
+576, 768 and 1536. Where none of order 256 or less is found (odd sizes, 92, 172, 11008), two
+transforms of the largest power of two below n mix the first and then the last so many coordinates:
+still orthogonal.
 
 All sums are taken in a fixed order and products are by 1 and -1, so that the result has the same
 bits under jit, vmap and neither.
@@ -128,6 +129,9 @@ def _product(
     return lax.scan(add, start, (matrix.T, groups), unroll=min(_UNROLLED, shape[0]))[0]
 
 
+_MOST_ORDER = 256  # of a factor that is multiplied with term by term, and kept as a matrix
+
+
 @functools.lru_cache(maxsize=256)
 def _order(size: int) -> int | None:
     """Order of the factor that is no fast transform: 1 for powers of two, None for no matrix."""
@@ -135,7 +139,7 @@ def _order(size: int) -> int | None:
     if odd == 1:
         return 1
     order = 4 * odd
-    while size % order == 0:
+    while size % order == 0 and order <= _MOST_ORDER:
         if _prime(order - 1) or (order % 8 == 4 and _prime(order // 2 - 1)):
             return order
         order *= 2

@@ -65,3 +65,8 @@ def test_a_product_with_rotated_inputs_is_the_product():
     weight = jax.random.normal(jax.random.key(1), (192, 30))
     rotated = rotation.apply(x) @ rotation.apply(weight.T).T
     np.testing.assert_allclose(rotated, x @ weight, atol=1e-4)
+
+
+def test_no_factor_is_larger_than_256():
+    assert Rotation(4 * 63).exact  # of order 252: 251 is a prime
+    assert not Rotation(11_008).exact  # 2^8 * 43: 5503 is one, too
