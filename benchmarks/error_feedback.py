@@ -3,7 +3,7 @@
     python benchmarks/error_feedback.py [--rounds 5 --bits 4 --block 128]
 
 Both sides get the same weight, moments of correlated inputs, steps a channel and damping, in
-float32 and with the same number of threads, in turn; medians of as many rounds, ours compiled
+float32, each with its own default of threads, in turn; medians of as many rounds, ours compiled
 before. The loop is the published algorithm: the Cholesky factor of the inverse of H, one input
 channel after the other, errors passed on in blocks. "Output error" is trace(E^T H E) over
 trace(W^T H W); "differing" is the share of levels that are not the same: one rounding that falls

@@ -31,14 +31,9 @@ from tables import Rows, deviation, mean_and_deviation, percent, select
 from units import Options, Unit, check_choice, conduct
 
 import ssvq_jax as ssvq
-from ssvq_jax.calibration import (
-    calibrations,
-    feed_back,
-    importance_of_inputs,
-    input_moments,
-)
+from ssvq_jax.calibration import feed_back, input_calibrations, input_moments
 from ssvq_jax.plan import Plan, make_plan
-from ssvq_jax.quantizers import Calibration, InputMoments, Quantizer, to_json
+from ssvq_jax.quantizers import InputMoments, Quantizer, to_json
 from ssvq_jax.quantizers.pyramid_vector import pulses_for
 from ssvq_jax.report.pages import markdown_table
 from ssvq_jax.report.plots import new_figure
@@ -143,14 +138,6 @@ def moments_of(language: Language) -> tuple[dict[str, InputMoments], float]:
     return jax.block_until_ready(found.inputs), time.perf_counter() - began
 
 
-def calibration_of(plan: Plan, moments: Mapping[str, InputMoments]) -> dict[str, Calibration]:
-    """Moments, and from them the importance of every element."""
-    specs = {leaf.path: leaf for leaf in plan.leaves}
-    return calibrations(
-        moments, {path: importance_of_inputs(found, specs[path]) for path, found in moments.items()}
-    )
-
-
 def plan_of(quantizer: Quantizer, params: PyTree) -> Plan:
     """All kernels of the layers by one method, each layer's on its own."""
     return make_plan(params, [ssvq.Rule(KERNELS, quantizer, stacked=1), (".*", None)])
@@ -187,7 +174,7 @@ def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
         variables = plan.init(
             jax.random.key(seed),
             language.params,
-            calibration_of(plan, moments) if method.weighted else None,
+            input_calibrations(plan, moments) if method.weighted else None,
             progress=True,
         )
         report: Mapping[str, Any] = {}

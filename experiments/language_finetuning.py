@@ -22,13 +22,14 @@ import tyro
 from jaxtyping import Int32
 from language import MODEL, Language, Window
 from language_curve import Config as TextConfig
-from language_curve import calibration_of, moments_of, open_model, plan_of, read
+from language_curve import moments_of, open_model, plan_of, read
 from memory import begin_peak, peak_gigabytes
 from search import reported, search_and_report, spread
 from tables import Rows, mean_and_deviation, percent
 from units import PAGE, Results, Unit, check_choice, work
 
 import ssvq_jax as ssvq
+from ssvq_jax.calibration import input_calibrations
 from ssvq_jax.data.text import token_windows
 from ssvq_jax.data.token_batches import eval_token_batches, train_token_batches
 from ssvq_jax.plan import Plan
@@ -126,7 +127,9 @@ def unit(config: Config, stage: str, method: str, seed: int, trial: int) -> Unit
         plan = plan_of(QUANTIZERS[method], language.params)
         moments, _ = moments_of(language)
         key = jax.random.key(seed)
-        variables = plan.init(key, language.params, calibration_of(plan, moments), progress=True)
+        variables = plan.init(
+            key, language.params, input_calibrations(plan, moments), progress=True
+        )
         done = finetune(
             task_of(language, config),
             plan,

@@ -157,6 +157,25 @@ def importance_of_inputs(moments: InputMoments, spec: LeafSpec) -> Float[Array, 
     return jax.vmap(spread)(rows).reshape(spec.shape)
 
 
+def input_calibrations(plan: Plan, inputs: Mapping[str, InputMoments]) -> dict[str, Calibration]:
+    """Moments, and from them the importance of every element, for `Plan.init`.
+
+    Args:
+        plan: the plan.
+        inputs: moments by leaf path: ``input_moments(...).inputs``.
+
+    Example:
+        >>> from ssvq_jax import Uniform, make_plan
+        >>> plan = make_plan({"w": jnp.ones((2, 3))}, [("w", Uniform(bits=4))])
+        >>> moments = InputMoments(jnp.diag(jnp.array([4.0, 9.0])), (0,))
+        >>> input_calibrations(plan, {"w": moments})["w"].importance.tolist()
+        [[4.0, 4.0, 4.0], [9.0, 9.0, 9.0]]
+    """
+    leaves = {leaf.path: leaf for leaf in plan.leaves}
+    importance = {path: importance_of_inputs(x, leaves[path]) for path, x in inputs.items()}
+    return calibrations(inputs, importance)
+
+
 def calibrations(
     inputs: Mapping[str, InputMoments] | None = None,
     importance: Mapping[str, Array] | None = None,

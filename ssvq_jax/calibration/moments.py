@@ -192,7 +192,7 @@ def moments_in_groups(
             "as it is, or give optional=True to go without its moments"
         )
     groups = _groups(shapes, most_bytes)
-    identity = _identity(params) if folder else ""
+    identity = _identity(params, first) if folder else ""
     expected = None
     for i, group in enumerate(groups):
         file = folder / f"sums-{i}.safetensors" if folder else None
@@ -287,10 +287,12 @@ def _groups(shapes: Mapping[str, _Shape], most_bytes: int | None) -> list[dict[s
     return groups
 
 
-def _identity(params: PyTree) -> str:
-    """A checksum of the weights."""
+def _identity(params: PyTree, batch: Any) -> str:
+    """A checksum of the weights and of the first batch."""
     number = 0
-    for path, leaf in leaves_by_path(params).items():
+    for path, leaf in leaves_by_path({"params": params, "batch": batch}).items():
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         numbers = np.ascontiguousarray(leaf).view(np.uint8).data  # bfloat16 has no buffer
         number = zlib.crc32(numbers, zlib.crc32(path.encode(), number))
     return f"{number:08x}"

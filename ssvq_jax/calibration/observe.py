@@ -100,7 +100,7 @@ def observe(
         Outputs and sums.
 
     Raises:
-        ValueError: if a path is not in the tree, or inputs run along different axes of a weight.
+        ValueError: if a path is not in the tree.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 3))}
@@ -135,7 +135,10 @@ def observe(
     sums = {}
     for path, spec in specs.items():
         mine = {use: found for use, found in uses.items() if use.path == path}
-        if mine:
+        axes = sorted({use.axes for use in mine})
+        if len(axes) > 1:  # its inputs have no one matrix of moments
+            observer.missed.setdefault(path, {})[f"products along its axes {axes}"] = None
+        elif mine:
             sums[path] = _total(mine, spec.shape[: paths[path]])
     missed = tuple((path, ", ".join(why)) for path, why in observer.missed.items())
     return Observed(outputs, sums, missed)
@@ -145,14 +148,8 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def _total(uses: Mapping[Use, Found], stack: tuple[int, ...]) -> Sums:
-    """Puts sums over parts of a stack together."""
-    axes = sorted({use.axes for use in uses})
-    if len(axes) > 1:
-        (path,) = {use.path for use in uses}
-        raise ValueError(
-            f"leaf '{path}' is multiplied along its axes {axes}: its inputs have no one matrix of "
-            "moments; keep it dense (quantizer None), or observe it in one of its uses"
-        )
+    """Puts sums over parts of a stack together, all along the same axes."""
+    (axes,) = {use.axes for use in uses}
     total: Any = None
     for use, found in uses.items():
         if all(cut.size == whole for cut, whole in zip(use.stack, stack, strict=True)):
@@ -162,7 +159,7 @@ def _total(uses: Mapping[Use, Found], stack: tuple[int, ...]) -> Sums:
             zeros = (jnp.zeros((*stack, *x.shape[len(stack) :]), x.dtype) for x in found)
             part = Found(*(zero.at[at].set(x) for zero, x in zip(zeros, found, strict=True)))
         total = part if total is None else add(total, part)
-    return Sums(total.matrix, total.number, axes[0])
+    return Sums(total.matrix, total.number, axes)
 
 
 class _Value(NamedTuple):
@@ -291,7 +288,7 @@ class _Observer:
         )
         uses = dict(zip(once, totals, strict=True))
         for use, found in zip([use for use in zeros if use not in once], mine, strict=True):
-            uses |= dict([_leave(loop, params["length"], use, found)])
+            uses = add_uses(uses, dict([_leave(loop, params["length"], use, found)]))
         values = [x._replace(array=a) for x, a in zip(carry, last, strict=True)]
         return values + [_Value(x) for x in outputs], uses
 

@@ -101,5 +101,6 @@ def check_sums(
         )
     if sums.identity != identity:
         raise ValueError(
-            f"{file} holds sums that were read with other weights: give another folder, or those"
+            f"{file} holds sums that were read with other weights or other data: give another "
+            "folder, or those"
         )

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.cli.compress import CompressCommand
     from ssvq_jax.models.tokenizer import Tokenizer
     from ssvq_jax.plan import Plan
-    from ssvq_jax.quantizers import Calibration
     from ssvq_jax.tree import Variables
 
 
@@ -94,17 +93,6 @@ def open_calibration(
     found = CalibrationText(open_windows(text, language, tokenizer), command.feedback)
     found.check(language, plan)
     return found
-
-
-def calibration_of(plan: "Plan", moments: "Moments") -> "dict[str, Calibration]":
-    """Moments, and from them the importance of every element."""
-    from ssvq_jax.calibration import calibrations, importance_of_inputs
-
-    specs = {leaf.path: leaf for leaf in plan.leaves}
-    importance = {
-        path: importance_of_inputs(found, specs[path]) for path, found in moments.inputs.items()
-    }
-    return calibrations(moments.inputs, importance)
 
 
 def feed_errors_back(

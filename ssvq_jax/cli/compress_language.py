@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.calibrate_language import (
     CalibrationText,
-    calibration_of,
     feed_errors_back,
     open_calibration,
 )
@@ -106,9 +105,11 @@ def _encode(
     key, params = encoding_key(jax.random.key(seed)), language.weights.params
     if text is None:
         return plan.init(key, params, progress=True), {}
+    from ssvq_jax.calibration import input_calibrations
+
     moments = text.observe(language, plan)
     print(moments)
-    calibration = calibration_of(plan, moments)
+    calibration = input_calibrations(plan, moments.inputs)
     variables: Variables = plan.init(key, params, calibration, progress=True)
     told: dict[str, Any] = text.told | {"few_inputs": moments.few, "not_read": moments.missed}
     if text.feedback:

@@ -73,6 +73,7 @@ class _Course(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=3)
+@jax.default_matmul_precision("highest")  # accelerators round the factors of a product otherwise
 def refine(
     problem: Problem, codebooks: Codebooks, codes: Codes, codebook_dtype: CodebookDtype
 ) -> tuple[Codebooks, Codes]:
@@ -243,6 +244,6 @@ def _sum_of(codebooks: Codebooks, found: list[Int32[Array, " o"]]) -> Float32[Ar
 
 
 def _power_of_two(number: Float32[Array, ""]) -> Float32[Array, ""]:
-    """The power of two below a positive number; 1 for zero."""
+    """The power of two above a positive number; 1 for zero."""
     exponent = jnp.where(number > 0, jnp.frexp(number)[1], 0)
     return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100, 100))

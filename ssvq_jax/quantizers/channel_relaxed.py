@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from ssvq_jax.bitstream import number_dtype
 from ssvq_jax.blocks import BlockLayout, block_layout
@@ -151,7 +151,6 @@ class ChannelRelaxed(CodebookQuantizer):
         """VQ, importance of channels, VQ in their order, residual VQ, refinement."""
         layout = self.layout(spec)
         axis, outputs = layout.axis, spec.size // spec.shape[layout.axis]
-        moments = channel_moments(calibration, spec, axis)
         weight = weight.astype("float32")
         values, scales = self.unscale(weight)
         codebook, codes = self.cluster(key, values, spec, calibration, scales)
@@ -159,6 +158,7 @@ class ChannelRelaxed(CodebookQuantizer):
         if not self.critical_groups(spec):
             return Encoded(*plain)
 
+        moments = channel_moments(calibration, spec, axis)
         error = weight - self.rescale(self.look_up(*plain, spec), scales)
         importance = channel_importance(input_rows(error, (axis,)), moments, self.importance)
         ordering = self._encode_order(importance, spec)
@@ -244,6 +244,15 @@ class ChannelRelaxed(CodebookQuantizer):
             learned["extended_codebook"] = jax.vmap(self.unpack_codebook)(packed)
             fixed |= {name: fields[name] for name in ("extended_codes", self._order_field)}
         return Encoded(learned, fixed)
+
+    def slice_exist(self, fields: Fields, spec: LeafSpec) -> Bool[Array, ""] | None:
+        """Whether there are as many critical channels as must be, or every place is taken once."""
+        if not self.critical_groups(spec):
+            return None
+        if self.order == "critical":
+            return jnp.sum(fields["critical"]) == self.critical_groups(spec) * self.dim
+        places = jnp.sort(fields["places"].astype(jnp.int32))
+        return jnp.all(places == jnp.arange(places.size, dtype=jnp.int32))
 
     def _stream(self, name: str, spec: LeafSpec) -> Stream:
         """What is stored of a leaf with critical channels."""

@@ -334,8 +334,8 @@ def pulses_for(bits: int | float, dim: int, amplitude_bits: int) -> int:
 def amplitude_levels(dim: int, length: int, bits: int) -> Float[np.ndarray, " levels"]:
     """Calculates the norms of groups of a row, in units of the row's root mean square.
 
-    sqrt(M q_i) with q_i the Beta(D/2, (M-D)/2) quantile at (i + 1/2) / 2^b, to 16 binary places so
-    that every machine has the same.
+    sqrt(M q_i) with q_i the Beta(D/2, (M-D)/2) quantile at (i + 1/2) / 2^b, to 16 binary places, so
+    that machines have the same though they compute quantiles to the last bit differently.
 
     Args:
         dim: D, weights in a group.

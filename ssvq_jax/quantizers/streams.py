@@ -88,7 +88,7 @@ def check_streams(quantizer: Quantizer, streams: Mapping[str, np.ndarray], spec:
                 )
     exist = _exist(quantizer, streams, spec)
     if exist is not None and not bool(exist):
-        raise ValueError("its numbers are larger together than any that there are")
+        raise ValueError("its numbers stand for nothing together")
     if largest > _LARGEST:
         raise ValueError("its weights are larger than a float32 can be")
 

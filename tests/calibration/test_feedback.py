@@ -12,6 +12,7 @@ from ssvq_jax import (
     LeafSpec,
     Masked,
     MaskedSignSplit,
+    Pyramid,
     Rule,
     SignSplit,
     Uniform,
@@ -36,6 +37,7 @@ METHODS = {
     "sign split along inputs": SignSplit(8, 8, axis=0, learn_signs=False, iterations=5),
     "masked along inputs": Masked(8, 4, keep=2, group=4, axis=0, iterations=5),
     "masked signs": MaskedSignSplit(8, 8, keep=3, group=8, iterations=5),
+    "pyramid": Pyramid(8, 8, 3),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -356,3 +358,14 @@ def test_a_method_without_parts_says_so_for_a_part_too():
     spec = LeafSpec("w", (8, 6), "float32")
     with pytest.raises(ValueError, match="leaf 'w': weights of method 'vector' cannot"):
         Whole(2, 2).slice_requantize(weight_of(8, 6), {}, spec, None)
+
+
+def test_rows_of_a_pyramid_along_the_inputs_are_encoded_as_without():
+    weight = weight_of(INPUTS, OUTPUTS)
+    _, report, variables = fed_back(Pyramid(8, 8, 3, axis=0), weight, correlated())
+    plan, plain = planned(Pyramid(8, 8, 3, axis=0), weight)
+    assert plan.decode(variables)["w"].shape == weight.shape
+    np.testing.assert_array_equal(
+        variables["vq_state"]["w"]["codes"], plain["vq_state"]["w"]["codes"]
+    )
+    assert report.after == pytest.approx(report.before, rel=1e-3)

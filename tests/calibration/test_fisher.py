@@ -47,7 +47,7 @@ def test_a_linear_model_by_hand(params, plan, at_once):
     assert "kernel" in encoded["vq"]
 
 
-def test_half_precision_weights(plan):
+def test_half_precision_weights():
     params = {"kernel": jnp.eye(2, dtype=jnp.bfloat16), "bias": jnp.zeros(2, jnp.bfloat16)}
     plan = ssvq.make_plan(params, PLAN_RULES)
 

@@ -141,6 +141,8 @@ def test_sums_of_another_run_are_refused(params, plan, batches, tmp_path):
     other = params | {"bias": params["bias"] + 1}
     with pytest.raises(ValueError, match=r"sums-0.safetensors holds .* other weights"):
         input_moments(network, other, plan, batches, folder=tmp_path)
+    with pytest.raises(ValueError, match="other data"):
+        input_moments(network, params, plan, batches[1:], folder=tmp_path)
     groups = moments_in_groups(network, params, plan, batches, folder=tmp_path, most_bytes=1)
     with pytest.raises(ValueError, match="sums of other leaves.*'second'"):
         next(groups)

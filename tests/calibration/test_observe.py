@@ -331,9 +331,29 @@ def test_what_is_no_product_of_the_weight_itself():
     assert part.missed == (("w", "slice"),)
 
 
+def test_a_weight_whose_inputs_have_no_one_matrix():
+    params = {"w": drawn(4, 4)}
+    found = seen(lambda p, x: x @ p["w"] @ p["w"].T, params, {"w": 0}, drawn(2, 4))
+    assert not found.sums
+    assert found.missed == (("w", "products along its axes [(0,), (1,)]"),)
+
+
+def test_a_stack_that_a_loop_goes_through_and_multiplies_whole():
+    stack, x = drawn(3, 4, 4), drawn(2, 4)
+
+    def apply(p, x):
+        def layer(carry, w):
+            whole = jnp.einsum("lbi,lio->lbo", jnp.stack([x, x, x]), p["w"])
+            return carry + jnp.sum(whole) + jnp.sum(x @ w), None
+
+        return jax.lax.scan(layer, jnp.float32(0), p["w"])[0]
+
+    sums = seen(apply, {"w": stack}, {"w": 1}, x).sums["w"]
+    # Every layer once by the loop, and in each of its three rounds.
+    np.testing.assert_allclose(sums.matrix, np.stack([4 * x.T @ x] * 3), rtol=1e-5)
+
+
 def test_errors():
     params = {"w": drawn(4, 4)}
     with pytest.raises(ValueError, match="'other'.*not in the tree"):
         observe(lambda p, x: x, params, {"other": 0}, drawn(1))
-    with pytest.raises(ValueError, match=r"leaf 'w' is multiplied along its axes \[\(0,\), \(1,\)"):
-        observe(lambda p, x: x @ p["w"] @ p["w"].T, params, {"w": 0}, drawn(2, 4))

@@ -32,6 +32,7 @@ from ssvq_jax.quantizers.additive import (
 )
 from ssvq_jax.quantizers.channels import channel_importance, element_weights
 from ssvq_jax.quantizers.codebook import round_codebook
+from ssvq_jax.quantizers.streams import check_streams, pack_fields
 
 KEY = jax.random.key(0)
 SPEC = LeafSpec("w", (64, 48), "float32")
@@ -356,10 +357,14 @@ def test_moments_of_other_axes_are_refused():
         ValueError, match=r"leaf 'w' .* axes \(1,\), .* axis 0 alone: choose axis=1"
     ):
         SMALL.init(KEY, weight, SPEC, moments)
-    spec = LeafSpec("w", (8, 8, 48), "float32")
-    moments = Calibration(inputs=InputMoments(jnp.eye(64), (0, 1)))
+    spec = LeafSpec("w", (64, 2, 24), "float32")
+    moments = Calibration(inputs=InputMoments(jnp.eye(128), (0, 1)))
     with pytest.raises(ValueError, match=r"axes \(0, 1\), .* axis 0 alone: give no moments"):
-        SMALL.init(KEY, weight.reshape(8, 8, 48), spec, moments)
+        SMALL.init(KEY, weight.reshape(64, 2, 24), spec, moments)
+    few = LeafSpec("w", (8, 8, 48), "float32")  # no channel is critical, so H has no part in it
+    SMALL.init(
+        KEY, weight.reshape(8, 8, 48), few, Calibration(inputs=InputMoments(jnp.eye(64), (0, 1)))
+    )
 
 
 def test_channels_without_inputs_weigh_a_little_in_clustering():
@@ -397,3 +402,15 @@ def test_presets():
     for name in ("crvq-1bit-shared", "crvq-1bit-conv"):
         with pytest.raises(ValueError, match="neither a file nor a preset"):
             load_recipe(name)
+
+
+@pytest.mark.parametrize("order", ["critical", "importance"])
+def test_orders_that_do_not_exist_are_refused(order):
+    quantizer = dataclasses.replace(SMALL, order=order)
+    weight, _ = outlier_problem()
+    fields = quantizer.pack(*quantizer.init(KEY, weight, SPEC), SPEC)
+    check_streams(quantizer, pack_fields(quantizer, fields, SPEC), SPEC)
+    name = "critical" if order == "critical" else "places"
+    fields[name] = np.zeros_like(fields[name])
+    with pytest.raises(ValueError, match="nothing together"):
+        check_streams(quantizer, pack_fields(quantizer, fields, SPEC), SPEC)

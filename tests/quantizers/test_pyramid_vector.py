@@ -119,7 +119,7 @@ def test_indices_that_do_not_exist_are_refused(quantizer):
     if low:  # the highest word is one that exists
         fields["low_words"] = fields["low_words"].copy()
         fields["low_words"][5] = number & 0xFFFFFFFF
-    with pytest.raises(ValueError, match="go up to 157184" if not low else "larger together"):
+    with pytest.raises(ValueError, match="go up to 157184" if not low else "nothing together"):
         check_streams(quantizer, pack_fields(quantizer, fields, SPEC), SPEC)
 
 
