@@ -7,7 +7,7 @@ values in float32, and what is compared is what further compression costs.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ MODEL = "smollm2_135m"
 WINDOW = 512
 EVERY = 5  # of the articles, one in so many is held out to report, and one to choose by
 PARTS = {"calibration": (2, 3, 4), "training": (2, 3, 4), "validation": (1,), "test": (0,)}
-LEARNED_FROM = ("calibration", "training")
 BYTES = 256  # of the quick model's vocabulary
 
 Window = Int32[np.ndarray, " t"]
@@ -69,11 +68,6 @@ class Language:
         """Logits of the next tokens."""
         return self.module.apply({"params": params}, tokens)  # type: ignore[return-value]
 
-    @property
-    def judged(self) -> list[str]:
-        """The parts to judge by."""
-        return [part for part in self.texts.windows if part not in LEARNED_FROM]
-
     @functools.cached_property
     def _read(self) -> Any:
         return make_reading(self.forward)
@@ -83,14 +77,18 @@ class Language:
         """What the float model predicts."""
         return self._read(self.params, self.texts.windows[part])
 
-    def judge(self, params: PyTree, part: str) -> dict[str, float]:
-        """How well a model predicts a part, and how often as the float model does."""
-        reading = self._read(params, self.texts.windows[part])
-        return {
-            f"perplexity_{part}": reading.quality.perplexity,
-            f"accuracy_{part}": reading.quality.accuracy,
-            f"agreement_{part}": reading.agreement(self.reading(part)),
-        }
+    def judge(self, params: PyTree, parts: Iterable[str]) -> dict[str, float]:
+        """How well a model predicts parts, of those there are, and how often as the float one."""
+        row = {}
+        for part in parts:
+            if part in self.texts.windows:
+                reading = self._read(params, self.texts.windows[part])
+                row |= {
+                    f"perplexity_{part}": reading.quality.perplexity,
+                    f"accuracy_{part}": reading.quality.accuracy,
+                    f"agreement_{part}": reading.agreement(self.reading(part)),
+                }
+        return row
 
 
 def open_language(

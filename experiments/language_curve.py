@@ -5,7 +5,8 @@
     python experiments/language_curve.py --quick  # a made-up model, to see that it runs
 
 DUMP is an export of articles, e.g. the one in gensim's test data (pip download --no-deps gensim).
-Every fifth article is held out to report and the ones after them to validate; the rest calibrate.
+Every fifth article is held out to report, the ones after them are for validation; the rest
+calibrate.
 All kernels of the layers are compressed, embedding and norms stay as they are. A row is one method
 at one rate: moments of the layers' inputs over 16 windows of 512 tokens, encoding, and the decoded
 model judged on 16 windows of each text. Some minutes a unit on two cores; nothing is trained.
@@ -41,6 +42,7 @@ from ssvq_jax.tree import PyTree
 
 NAME = "language_curve"
 KERNELS = r"layers/.*/kernel"
+JUDGED = ("test", "wikitext2")  # nothing is chosen here, so nothing is validated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +198,7 @@ def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
             "seconds_moments": round(observed, 1),
             "seconds_encoding": round(encoded, 1),
         }
-        for part in language.judged:
-            row |= language.judge(params, part)
+        row |= language.judge(params, JUDGED)
         return {**row, "peak_gigabytes": round(peak_gigabytes(), 2)}
 
     return Unit(f"{MODEL} {name} {bits:g} bits seed {seed}", settings, run)
@@ -211,9 +212,7 @@ def float_unit(config: Config) -> Unit:
         language = open_model(config)
         row: dict[str, Any] = {**told, "bits_per_weight": 32.0, "compression_ratio": 1.0}
         row["note"] = language.note
-        for part in language.judged:
-            row |= language.judge(language.params, part)
-        return row
+        return row | language.judge(language.params, JUDGED)
 
     settings = {**told, **read(config)}
     return Unit(f"{MODEL} float", settings, run)
@@ -250,7 +249,7 @@ def tables(rows: Rows) -> dict[str, str]:
                         mean_and_deviation([row[f"perplexity_{part}"] for row in own])
                         if f"perplexity_{part}" in own[0]
                         else ""
-                        for part in ("test", "wikitext2")
+                        for part in JUDGED
                     ),
                     percent(own, "accuracy_test"),
                     percent(own, "agreement_test"),

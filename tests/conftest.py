@@ -1,5 +1,6 @@
 """Shared test set-up: run-time shape checks, strict promotion, the slow mark."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -22,6 +23,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Doctests are looked for in modules, and there can be one module `conftest`.
 collect_ignore_glob = ["*/conftest.py"]
+
+
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_compiled_programs() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """Forgets them now and then: each has memory maps, and a process gets 65,530 on Linux."""
+    yield
+    if next(_tests_run) % 100 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -97,16 +97,20 @@ SPECS = {
 }
 # Their methods have another case; these take long to compile.
 SLOW = ("channel relaxed padded, as in the paper", "pyramid, several words")
+# The first case of a method meets every kind of leaf each time, the others only nightly.
+FIRST = {q.method: name for name, q in reversed(CASES.items())}.values()
+ALWAYS = ("dense", "stacked")
 
 
-def marks(name):
-    return [pytest.mark.slow] if name in SLOW else []
+def marks(name, kind="dense"):
+    often = name not in SLOW and (name in FIRST or kind in ALWAYS)
+    return [] if often else [pytest.mark.slow]
 
 
 every_case = pytest.mark.parametrize(
     ("quantizer", "spec"),
     [
-        pytest.param(q, s, id=f"{name}-{kind}", marks=marks(name))
+        pytest.param(q, s, id=f"{name}-{kind}", marks=marks(name, kind))
         for name, q in CASES.items()
         for kind, s in SPECS.items()
     ],
