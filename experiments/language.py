@@ -7,9 +7,8 @@ values in float32, and what is compared is what further compression costs.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ PARTS = {"calibration": (2, 3, 4), "training": (2, 3, 4), "validation": (1,), "t
 BYTES = 256  # of the quick model's vocabulary
 
 Window = Int32[np.ndarray, " t"]
+Reader = Callable[[PyTree, list[Window]], Reading]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Language:
         return self.module.apply({"params": params}, tokens)  # type: ignore[return-value]
 
     @functools.cached_property
-    def _read(self) -> Any:
+    def _read(self) -> Reader:
         return make_reading(self.forward)
 
     @functools.cache  # noqa: B019  (as long as the process)
@@ -77,12 +77,20 @@ class Language:
         """What the float model predicts."""
         return self._read(self.params, self.texts.windows[part])
 
-    def judge(self, params: PyTree, parts: Iterable[str]) -> dict[str, float]:
-        """How well a model predicts parts, of those there are, and how often as the float one."""
-        row = {}
+    def judge(
+        self, params: PyTree, parts: Iterable[str], read: Reader | None = None
+    ) -> dict[str, float]:
+        """How well a model predicts parts, of those there are, and how often as the float one.
+
+        Args:
+            params: parameters to judge.
+            parts: of the texts.
+            read: reads with other computations than the model's own.
+        """
+        row, read = {}, read or self._read
         for part in parts:
             if part in self.texts.windows:
-                reading = self._read(params, self.texts.windows[part])
+                reading = read(params, self.texts.windows[part])
                 row |= {
                     f"perplexity_{part}": reading.quality.perplexity,
                     f"accuracy_{part}": reading.quality.accuracy,

@@ -27,8 +27,9 @@ EXPERIMENTS = (
     "efficientnet_lite0",
     "language_curve",
     "language_finetuning",
+    "language_activations",
 )
-LANGUAGE = ("language_curve", "language_finetuning")  # need a text
+LANGUAGE = ("language_curve", "language_finetuning", "language_activations")  # need a text
 SEARCHES = ("compression_tuning",)  # have seeds of their own, and no tables
 
 

@@ -82,6 +82,7 @@ def arrays(folder):
     return step, {name: raw(leaf) for name, leaf in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_killed_quickstart_resumes_to_the_same_bits(start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

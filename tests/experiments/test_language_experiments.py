@@ -3,12 +3,15 @@
 import json
 
 import jax
+import language_activations
 import language_curve
 import language_finetuning
 import numpy as np
 import pytest
 from search import best_trial, reported, spread
 from units import conduct
+
+from ssvq_jax.models.llama import LlamaConfig
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,32 @@ def test_a_quick_finetuning(tmp_path):
     (row,) = json.loads(out.read_text())["rows"]
     assert row["perplexity_test"] > 1
     assert row["seconds_by_part"]["train"] > 0
+
+
+@pytest.mark.slow
+def test_quick_activations(tmp_path):
+    out = tmp_path / "rows.json"
+    config = language_activations.Config(
+        quick=True, bits=(32.0,), activations=(32.0, 3.0), windows=1, out=out
+    )
+    module = language_activations
+    conduct("language_activations", module.units, module.tables, module.plot, config)
+    coded, plain = sorted(
+        json.loads(out.read_text())["rows"], key=lambda row: row["activation_bits"]
+    )
+    assert plain["agreement_test"] == 1
+    assert coded["perplexity_test"] != plain["perplexity_test"]
+    assert len(module.tables([plain, coded])["language_activations table"].splitlines()) == 2 + 2
+
+
+def test_bits_of_activations_are_those_of_a_layers_four_inputs():
+    # 16 dimensions in 4 bits: 64 a group, of which 4 are the amplitude's; 16 more a token.
+    bits = language_activations.bits_of(LlamaConfig(), 4.0)
+    assert bits == pytest.approx(4 + 4 * 16 / (3 * 576 + 1536), abs=1 / 16)
+    with pytest.raises(SystemExit, match="bits=.5.0.: choose of"):
+        language_activations.units(language_activations.Config(bits=(5.0,)))
+    with pytest.raises(SystemExit, match="activations: .*one pulse takes"):
+        language_activations.units(language_activations.Config(activations=(0.25,)))
 
 
 def test_every_rate_of_a_method_is_a_unit_once():

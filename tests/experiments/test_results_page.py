@@ -15,6 +15,7 @@ EXPERIMENTS = (
     "efficientnet_lite0",
     "language_curve",
     "language_finetuning",
+    "language_activations",
 )
 
 
