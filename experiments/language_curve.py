@@ -84,6 +84,10 @@ _RELAXED = {1.0: ssvq.ChannelRelaxed(256, 8)}
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rounding to nearest", _UNIFORM, drawn=False),
     "gptq": Method("GPTQ", _UNIFORM, feedback=True, drawn=False),
+    # Steps by plain squared error clip the few weights of the widest inputs, which no row makes good.
+    "gptq-weighted": Method(
+        "GPTQ, steps weighted by inputs", _UNIFORM, weighted=True, feedback=True, drawn=False
+    ),
     "vq": Method("VQ", _VECTOR),
     "vq-weighted": Method("VQ, weighted by inputs", _VECTOR, weighted=True),
     "gptvq": Method("GPTVQ", _VECTOR, weighted=True, feedback=True),
@@ -195,6 +199,7 @@ def unit(config: Config, name: str, bits: float, seed: int) -> Unit:
             "stored_bytes": table.stored_bytes,
             "stored_ratio": table.file_ratio,
             "damping_most": max((r.damping for r in report.values()), default=None),
+            "output_errors": {path: [r.before, r.after] for path, r in report.items()},
             "seconds_moments": round(observed, 1),
             "seconds_encoding": round(encoded, 1),
         }
