@@ -84,7 +84,7 @@ _RELAXED = {1.0: ssvq.ChannelRelaxed(256, 8)}
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rounding to nearest", _UNIFORM, drawn=False),
     "gptq": Method("GPTQ", _UNIFORM, feedback=True, drawn=False),
-    # Steps by plain squared error clip the few weights of the widest inputs, which no row makes good.
+    # Steps by plain squared error clip the weights of the largest inputs, which no row makes good.
     "gptq-weighted": Method(
         "GPTQ, steps weighted by inputs", _UNIFORM, weighted=True, feedback=True, drawn=False
     ),
