@@ -80,7 +80,8 @@ _PYRAMIDS = {
     float(bits): ssvq.Pyramid(16, pulses_for(bits, 16, 3), 3, rotate=False) for bits in (2, 3, 4)
 }
 _ROTATED = {bits: dataclasses.replace(one, rotate=True) for bits, one in _PYRAMIDS.items()}
-_RELAXED = {1.0: ssvq.ChannelRelaxed(256, 8)}
+_RELAXED = {1.0: ssvq.ChannelRelaxed(256, 8), 1.25: ssvq.ChannelRelaxed(1024, 8)}
+_RELAXED_SIGNS = {1.25: ssvq.ChannelRelaxedSignSplit(4, 8)}
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rounding to nearest", _UNIFORM, drawn=False),
     "gptq": Method("GPTQ", _UNIFORM, feedback=True, drawn=False),
@@ -97,6 +98,7 @@ METHODS: Mapping[str, Method] = {
     "pvq-rotated": Method("PVQ, rotated", _ROTATED, drawn=False),
     "pvq-feedback": Method("PVQ, rotated, feedback", _ROTATED, feedback=True, drawn=False),
     "crvq": Method("CRVQ", _RELAXED, weighted=True),
+    "crvq-signs": Method("CRVQ, split signs, not trained", _RELAXED_SIGNS, weighted=True),
 }
 ALL_BITS = tuple(sorted({bits for method in METHODS.values() for bits in method.quantizers}))
 

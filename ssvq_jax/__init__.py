@@ -11,6 +11,7 @@ from ssvq_jax.plan import Packed, Plan, make_plan
 from ssvq_jax.quantizers import (
     Calibration,
     ChannelRelaxed,
+    ChannelRelaxedSignSplit,
     InputMoments,
     Masked,
     MaskedSignSplit,
@@ -29,6 +30,7 @@ __all__ = [
     "PRESETS",
     "Calibration",
     "ChannelRelaxed",
+    "ChannelRelaxedSignSplit",
     "InputMoments",
     "LeafSpec",
     "Masked",

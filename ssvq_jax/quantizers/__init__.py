@@ -7,6 +7,7 @@ from typing import Any
 from ssvq_jax.quantizers.base import Encoded, Quantizer, Storage, Stream
 from ssvq_jax.quantizers.calibration import Calibration, InputMoments
 from ssvq_jax.quantizers.channel_relaxed import ChannelRelaxed
+from ssvq_jax.quantizers.channel_relaxed_sign_split import ChannelRelaxedSignSplit
 from ssvq_jax.quantizers.masked import Masked, MaskedSignSplit
 from ssvq_jax.quantizers.pyramid_vector import Pyramid
 from ssvq_jax.quantizers.sign_split import SignSplit
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Quantizer]] = {
     method.method: method
     for method in (
         ChannelRelaxed,
+        ChannelRelaxedSignSplit,
         Masked,
         MaskedSignSplit,
         Pyramid,
@@ -65,6 +67,7 @@ __all__ = [
     "METHODS",
     "Calibration",
     "ChannelRelaxed",
+    "ChannelRelaxedSignSplit",
     "Encoded",
     "InputMoments",
     "Masked",

@@ -54,12 +54,12 @@ class Problem(NamedTuple):
     Attributes:
         target: the weight, its padding zero.
         moments: H, zero where the weight is padded.
-        scale: of every output.
+        scale: of every output; with a column a channel, times the sign of each weight.
     """
 
     target: Float32[Array, "o c"]
     moments: Float32[Array, "c c"]
-    scale: Float32[Array, " o"]
+    scale: Float32[Array, "o one_or_c"]
 
 
 class _Course(NamedTuple):
@@ -94,7 +94,7 @@ def refine(
         Codebooks, before they are rounded for storage, and codes.
     """
     # Squares of all are multiplied: powers of two bring them to where float32 holds that.
-    largest = jnp.max(problem.scale)
+    largest = jnp.max(jnp.abs(problem.scale))
     unit, outer = _power_of_two(jnp.max(jnp.abs(problem.target)) / largest), _power_of_two(largest)
     problem = Problem(
         problem.target / outer / unit,
@@ -140,13 +140,13 @@ def decode(codebooks: Codebooks, codes: Codes) -> Float32[Array, "o c"]:
 
 def objective(problem: Problem, codebooks: Codebooks, codes: Codes) -> Float32[Array, ""]:
     """Calculates trace(E H E^T)."""
-    error = problem.scale[:, None] * decode(codebooks, codes) - problem.target
+    error = problem.scale * decode(codebooks, codes) - problem.target
     return jnp.sum(error * (error @ problem.moments))
 
 
 def solve_codebooks(problem: Problem, codebooks: Codebooks, codes: Codes) -> Codebooks:
     """Minimises the objective over the codebooks: normal equations, by conjugate gradients."""
-    scale = problem.scale[:, None]
+    scale = problem.scale
     _, gather = jax.vjp(lambda books: decode(books, codes), codebooks)
 
     def normal(books: Codebooks) -> Codebooks:
@@ -165,8 +165,8 @@ def solve_codebooks(problem: Problem, codebooks: Codebooks, codes: Codes) -> Cod
 def choose_codes(problem: Problem, codebooks: Codebooks, codes: Codes) -> Codes:
     """Chooses the codes of one group after the other, given those of all others."""
     dim = codebooks.base.shape[1]
-    scale = problem.scale[:, None]
-    error = scale * decode(codebooks, codes) - problem.target
+    error = problem.scale * decode(codebooks, codes) - problem.target
+    signed = problem.scale.shape[1] > 1
 
     def visit(
         group: Int32[Array, ""], state: tuple[Codes, Array], critical: bool
@@ -174,11 +174,15 @@ def choose_codes(problem: Problem, codebooks: Codebooks, codes: Codes) -> Codes:
         codes, gradient = state
         first = group * dim
         rows = lax.dynamic_slice_in_dim(problem.moments, first, dim)
-        own = lax.dynamic_slice_in_dim(rows, first, dim, axis=1)
+        own, scale = lax.dynamic_slice_in_dim(rows, first, dim, axis=1), problem.scale
+        if signed:  # then H is another one for the magnitudes of every output
+            scale = lax.dynamic_slice_in_dim(scale, first, dim, axis=1)
+            signs = jnp.sign(scale)
+            own = own[None] * signs[:, :, None] * signs[:, None, :]
         found = _of_group(codes, group, critical)
         value = _sum_of(codebooks, found)
         # u of a sub-vector changes the objective, over its scale's square, by u H u^T - 2 u t^T.
-        pull = value @ own - lax.dynamic_slice_in_dim(gradient, first, dim, axis=1) / scale
+        pull = _times(value, own) - lax.dynamic_slice_in_dim(gradient, first, dim, axis=1) / scale
         chosen = _search(codebooks, own, pull, found)
         change = scale * (_sum_of(codebooks, chosen) - value)
         return _with_group(codes, group, chosen), gradient + change @ rows
@@ -191,7 +195,7 @@ def choose_codes(problem: Problem, codebooks: Codebooks, codes: Codes) -> Codes:
 
 def _search(
     codebooks: Codebooks,
-    own: Float32[Array, "d d"],
+    own: Float32[Array, "*o d d"],
     pull: Float32[Array, "o d"],
     found: list[Int32[Array, " o"]],
 ) -> list[Int32[Array, " o"]]:
@@ -202,9 +206,10 @@ def _search(
     sums = jnp.zeros((outputs, 1, pull.shape[1]))
     beams: list[Array] = []
     for i, book in enumerate(books):
-        alone = jnp.sum(book @ own * book, axis=1)
+        each = jnp.expand_dims(book, range(own.ndim - 2))
+        alone = jnp.atleast_2d(jnp.sum((book @ own) * each, axis=-1))[:, None]
         cross = (2 * (sums @ own) - 2 * pull[:, None]) @ book.T
-        scores = (score[:, :, None] + alone[None, None] + cross).reshape(outputs, -1)
+        scores = (score[:, :, None] + alone + cross).reshape(outputs, -1)
         if i + 1 == len(books):
             best = jnp.argmin(scores, axis=1)[:, None]
         else:
@@ -213,8 +218,9 @@ def _search(
         beam, code = best // len(book), (best % len(book)).astype(jnp.int32)
         beams = [jnp.take_along_axis(codes, beam, 1) for codes in beams] + [code]
         sums = jnp.take_along_axis(sums, beam[:, :, None], 1) + book[code]
-    value = sum(book[code] for book, code in zip(books, found, strict=True))
-    now = jnp.sum(value @ own * value - 2 * value * pull, axis=1)
+    taken = (book[code] for book, code in zip(books, found, strict=True))
+    value = sum(taken, start=jnp.zeros_like(pull))
+    now = jnp.sum(_times(value, own) * value - 2 * value * pull, axis=1)
     return [
         jnp.where(score[:, 0] < now, new[:, 0], old) for new, old in zip(beams, found, strict=True)
     ]
@@ -241,6 +247,13 @@ def _sum_of(codebooks: Codebooks, found: list[Int32[Array, " o"]]) -> Float32[Ar
     for book, code in zip(codebooks.extended, found[1:], strict=False):
         value = value + book[code]
     return value
+
+
+def _times(
+    values: Float32[Array, "o d"], matrix: Float32[Array, "*o d d"]
+) -> Float32[Array, "o d"]:
+    """Rows times a matrix, or each times its own."""
+    return values @ matrix if matrix.ndim == 2 else (values[:, None] @ matrix)[:, 0]
 
 
 def _power_of_two(number: Float32[Array, ""]) -> Float32[Array, ""]:

@@ -149,9 +149,22 @@ class ChannelRelaxed(CodebookQuantizer):
         calibration: Calibration | None,
     ) -> Encoded:
         """VQ, importance of channels, VQ in their order, residual VQ, refinement."""
+        return self.encode(key, weight.astype("float32"), None, spec, calibration)
+
+    def encode(
+        self,
+        key: Key[Array, ""],
+        weight: Float32[Array, "..."],
+        signs: Float32[Array, "..."] | None,
+        spec: LeafSpec,
+        calibration: Calibration | None,
+    ) -> Encoded:
+        """Encodes a weight, or the magnitudes of one with the signs 1 and -1.
+
+        The signs take part in the refinement: errors of two channels add up or cancel by them.
+        """
         layout = self.layout(spec)
         axis, outputs = layout.axis, spec.size // spec.shape[layout.axis]
-        weight = weight.astype("float32")
         values, scales = self.unscale(weight)
         codebook, codes = self.cluster(key, values, spec, calibration, scales)
         plain = {**scales, "codebook": codebook}, {"codes": codes}
@@ -171,9 +184,13 @@ class ChannelRelaxed(CodebookQuantizer):
         left = values - self.look_up({"codebook": codebook}, {"codes": codes}, spec)
         weights = weights * jnp.square(scale / jnp.max(scale))
         extended, extended_codes = self._residual(key, left, weights, spec)
-        scale = input_rows(scale, (axis,))[0]
+        scale = input_rows(scale, (axis,))[0][:, None]
+        if signs is not None:
+            # Padding is positive: 0 does not tell the scale.
+            own = layout.split(jnp.take(signs, order, axis)).reshape(outputs, -1)
+            scale = scale * jnp.where(own < 0, -1.0, 1.0)
         problem = Problem(
-            layout.split(values).reshape(outputs, -1) * scale[:, None],
+            layout.split(values).reshape(outputs, -1) * scale,
             jnp.pad(moments[order][:, order], (0, layout.padding)),
             scale,
         )

@@ -86,6 +86,11 @@ class SignedCodebook(CodebookQuantizer):
         return Encoded({"sign_latent": latent.astype(self.latent_dtype or spec.dtype)}, {})
 
 
+def sign_stream(spec: LeafSpec) -> Stream:
+    """One bit a weight."""
+    return Stream("signs", spec.shape, "bool", values=2)
+
+
 @dataclasses.dataclass(frozen=True)
 class SignSplit(SignedCodebook):
     """SSVQ: k-means on |W|, one stored sign bit a weight, signs trained through latents.
@@ -147,8 +152,7 @@ class SignSplit(SignedCodebook):
 
     def slice_storage(self, spec: LeafSpec) -> Storage:
         """Codes, codebook and one bit a weight."""
-        signs = Stream("signs", spec.shape, "bool", values=2)
-        return Storage((*self.codebook_storage(spec).streams, signs))
+        return Storage((*self.codebook_storage(spec).streams, sign_stream(spec)))
 
     def slice_pack(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> dict[str, Array]:
         """Codes, codebook and sign bits."""

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssvq_jax import ChannelRelaxed, LeafSpec, Pyramid, SignSplit, Uniform, Vector
+from ssvq_jax import (
+    ChannelRelaxed,
+    ChannelRelaxedSignSplit,
+    LeafSpec,
+    Pyramid,
+    SignSplit,
+    Uniform,
+    Vector,
+)
 from ssvq_jax.quantizers.base import round_scale, straight_through
 
 KEY = jax.random.key(0)
@@ -195,6 +203,31 @@ def test_channel_relaxed_by_hand():
     grad = jax.grad(lambda p: jnp.sum(upstream * quantizer.decode(p, fixed, spec)))(learned)
     assert grad["codebook"].tolist() == [[3 + 2], [1 + 5 + 4 + 6]]
     assert grad["extended_codebook"].tolist() == [[[3], [4]], [[0], [7]]]
+
+
+def test_channel_relaxed_sign_split_by_hand():
+    quantizer = ChannelRelaxedSignSplit(
+        codewords=2, dim=1, critical=0.34, extended=1, extended_codewords=2, channel_scale=True,
+        codebook_dtype="float32",
+    )  # fmt: skip
+    spec = LeafSpec("w", (3, 2), "float32")
+    learned = {
+        "codebook": jnp.array([[1.0], [2.0]]),
+        "extended_codebook": jnp.array([[[10.0], [20.0]]]),
+        "scale": jnp.array([1.0, 4.0]),
+        "sign_latent": jnp.array([[0.5, -0.1], [-1.0, 2.0], [0.0, -3.0]]),
+    }
+    fixed = {
+        "codes": jnp.array([0, 1, 1, 1, 0, 1], jnp.uint8),  # input channels 1, 0, 2 of two outputs
+        "extended_codes": jnp.array([[0, 1]], jnp.uint8),
+        "critical": jnp.array([False, True, False]),
+    }
+    decoded = quantizer.decode(learned, fixed, spec)
+    assert decoded.tolist() == [[2, -4], [-(1 + 10), (2 + 20) * 4], [2, -8]]
+    upstream = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    grad = jax.grad(lambda p: jnp.sum(upstream * quantizer.decode(p, fixed, spec)))(learned)
+    assert grad["sign_latent"].tolist() == [[2, 2 * 4], [3 * 11, 4 * 88], [5 * 2, 6 * 8]]
+    assert grad["extended_codebook"].tolist() == [[[-3], [4 * 4]]]
 
 
 # Uniform, LSQ

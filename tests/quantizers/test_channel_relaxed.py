@@ -12,9 +12,11 @@ import pytest
 from ssvq_jax import (
     Calibration,
     ChannelRelaxed,
+    ChannelRelaxedSignSplit,
     InputMoments,
     LeafSpec,
     Rule,
+    SignSplit,
     Vector,
     load_recipe,
     make_plan,
@@ -231,15 +233,18 @@ def test_training_lowers_a_loss():
 # The refinement
 
 
-def small_codes(seed=0):
+def small_codes(seed=0, signed=False):
     generator = np.random.default_rng(seed)
     outputs, groups, critical, dim = 6, 4, 2, 2
     inputs = generator.normal(size=(40, groups * dim))
     problem = Problem(
         jnp.asarray(generator.normal(size=(outputs, groups * dim)), jnp.float32),
         jnp.asarray(inputs.T @ inputs / 40, jnp.float32),
-        jnp.asarray(generator.uniform(0.5, 2, outputs), jnp.float32),
+        jnp.asarray(generator.uniform(0.5, 2, (outputs, 1)), jnp.float32),
     )
+    if signed:
+        signs = generator.choice([-1.0, 1.0], problem.target.shape)
+        problem = problem._replace(scale=problem.scale * jnp.asarray(signs, jnp.float32))
     codebooks = Codebooks(
         jnp.asarray(generator.normal(size=(5, dim)), jnp.float32),
         jnp.asarray(generator.normal(size=(2, 3, dim)), jnp.float32),
@@ -251,16 +256,18 @@ def small_codes(seed=0):
     return problem, codebooks, codes
 
 
-def test_objective_is_the_mean_error_of_outputs():
-    problem, codebooks, codes = small_codes()
+@pytest.mark.parametrize("signed", [False, True])
+def test_objective_is_the_mean_error_of_outputs(signed):
+    problem, codebooks, codes = small_codes(signed=signed)
     root = np.linalg.cholesky(np.float64(problem.moments)).T  # H = root^T root: inputs x
-    decoded = np.asarray(problem.scale)[:, None] * np.asarray(decode(codebooks, codes))
+    decoded = np.asarray(problem.scale) * np.asarray(decode(codebooks, codes))
     expected = np.sum(np.square(root @ (decoded - problem.target).T))
     np.testing.assert_allclose(objective(problem, codebooks, codes), expected, rtol=1e-5)
 
 
-def test_codes_of_a_group_are_the_best_of_all():
-    problem, codebooks, codes = small_codes()
+@pytest.mark.parametrize("signed", [False, True])
+def test_codes_of_a_group_are_the_best_of_all(signed):
+    problem, codebooks, codes = small_codes(signed=signed)
     chosen = choose_codes(problem, codebooks, codes)
     # Groups are visited in turn: the last one saw all others as they are now.
     for output in range(6):
@@ -272,16 +279,17 @@ def test_codes_of_a_group_are_the_best_of_all():
     assert objective(problem, codebooks, chosen) < objective(problem, codebooks, codes)
 
 
-def test_the_beam_finds_the_best_sum_of_few_codewords():
-    problem, codebooks, codes = small_codes()
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_beam_finds_the_best_sum_of_few_codewords(signed):
+    problem, codebooks, codes = small_codes(signed=signed)
     one = jax.tree.map(lambda x: x[..., :1], codes)  # one group, critical
-    problem = Problem(problem.target[:, :2], problem.moments[:2, :2], problem.scale)
+    problem = Problem(problem.target[:, :2], problem.moments[:2, :2], problem.scale[:, :2])
     chosen = choose_codes(problem, codebooks, one)
 
     def error(output, base, first, second):
         book = np.float64(codebooks.base[base] + codebooks.extended[0, first])
         book = book + np.float64(codebooks.extended[1, second])
-        left = float(problem.scale[output]) * book - np.float64(problem.target[output])
+        left = np.float64(problem.scale[output]) * book - np.float64(problem.target[output])
         return left @ np.float64(problem.moments) @ left
 
     for output in range(6):
@@ -290,8 +298,9 @@ def test_the_beam_finds_the_best_sum_of_few_codewords():
         assert found <= 1.00001 * min(every)  # 5 * 3 partial sums: the beam of 8 can miss
 
 
-def test_solved_codebooks_leave_no_gradient():
-    problem, codebooks, codes = small_codes()
+@pytest.mark.parametrize("signed", [False, True])
+def test_solved_codebooks_leave_no_gradient(signed):
+    problem, codebooks, codes = small_codes(signed=signed)
     solved = solve_codebooks(problem, codebooks, codes)
     gradient = jax.grad(lambda books: objective(problem, books, codes))
     before, after = (
@@ -301,8 +310,9 @@ def test_solved_codebooks_leave_no_gradient():
     assert after < 1e-6 * before
 
 
-def test_refinement_lowers_the_objective_as_stored():
-    problem, codebooks, codes = small_codes()
+@pytest.mark.parametrize("signed", [False, True])
+def test_refinement_lowers_the_objective_as_stored(signed):
+    problem, codebooks, codes = small_codes(signed=signed)
     refined = refine(problem, codebooks, codes, "int8")
 
     def stored(books):
@@ -312,6 +322,40 @@ def test_refinement_lowers_the_objective_as_stored():
 
     before = objective(problem, stored(codebooks), codes)
     assert objective(problem, stored(refined[0]), refined[1]) < 0.5 * before
+
+
+# With split signs
+
+
+def test_with_split_signs_and_no_critical_channels_it_is_ssvq():
+    weight, moments = outlier_problem()
+    plain = SignSplit(4, 4, axis=0, channel_scale=True, iterations=10)
+    quantizer = ChannelRelaxedSignSplit(**dataclasses.asdict(plain), critical=0.0)
+    ours = quantizer.init(KEY, weight, SPEC, Calibration(inputs=moments))
+    theirs = plain.init(KEY, weight, SPEC)
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+    assert quantizer.storage(SPEC) == plain.storage(SPEC)
+    assert np.array_equal(quantizer.decode(*ours, SPEC), plain.decode(*theirs, SPEC))
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_critical_channels_improve_what_ssvq_gives(pad):
+    weight, moments = outlier_problem()
+    given = SignSplit(4, 5 if pad else 4, axis=0, pad=pad, channel_scale=True, iterations=10)
+    quantizer = ChannelRelaxedSignSplit(
+        **dataclasses.asdict(given), critical=0.15, extended=2, extended_codewords=8
+    )
+    learned, fixed = quantizer.init(KEY, weight, SPEC, Calibration(inputs=moments))
+    assert np.array_equal(learned["sign_latent"], weight)
+    decoded = quantizer.decode(learned, fixed, SPEC)
+    theirs = given.decode(*given.init(KEY, weight, SPEC), SPEC)
+    assert output_error(decoded - weight, moments) < 0.3 * output_error(theirs - weight, moments)
+
+
+def test_storage_with_split_signs_is_a_bit_a_weight_more():
+    spec, given = LeafSpec("w", (4096, 4096), "float32"), {"codewords": 4, "critical": 0.03}
+    ours, theirs = ChannelRelaxedSignSplit(**given), ChannelRelaxed(**given)
+    assert ours.storage(spec).bits == theirs.storage(spec).bits + spec.size
 
 
 # What does not go

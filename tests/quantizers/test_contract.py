@@ -11,6 +11,7 @@ import pytest
 
 from ssvq_jax import (
     ChannelRelaxed,
+    ChannelRelaxedSignSplit,
     LeafSpec,
     Masked,
     MaskedSignSplit,
@@ -77,6 +78,9 @@ CASES = {
         channel_scale=False,
         importance="inverse",
         order="importance",
+    ),
+    "channel relaxed sign split": ChannelRelaxedSignSplit(
+        codewords=4, dim=4, critical=0.5, extended=1, extended_codewords=4, iterations=5
     ),
     "pyramid": Pyramid(dim=8, pulses=5, amplitude_bits=3, rotate=False, axis=-2),
     "pyramid rotated": Pyramid(dim=8, pulses=5, amplitude_bits=3),
