@@ -80,7 +80,13 @@ CASES = {
         order="importance",
     ),
     "channel relaxed sign split": ChannelRelaxedSignSplit(
-        codewords=4, dim=4, critical=0.5, extended=1, extended_codewords=4, iterations=5
+        codewords=4,
+        dim=4,
+        axis=-2,
+        critical=0.5,
+        extended=1,
+        extended_codewords=4,
+        iterations=5,
     ),
     "pyramid": Pyramid(dim=8, pulses=5, amplitude_bits=3, rotate=False, axis=-2),
     "pyramid rotated": Pyramid(dim=8, pulses=5, amplitude_bits=3),
