@@ -7,7 +7,7 @@
 Texts are those of `language_curve`, fewer windows of them: every input of the layers' kernels is
 rotated, quantized in groups of 16, and rotated back, which is as if the kernel's inputs were
 rotated. Weights are float32 or rotated PVQ. Embedding, norms, attention itself and the output
-kernel stay as they are. Nothing is calibrated or trained. Some minutes a unit on two cores.
+kernel stay as they are. Nothing is calibrated or trained.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from language_curve import JUDGED, METHODS, open_model, plan_of, read
 from language_curve import Config as TextConfig
 from memory import begin_peak, peak_gigabytes
 from tables import Rows, mean_and_deviation, percent, select
-from units import Unit, conduct
+from units import Unit, check_choice, conduct
 
 from ssvq_jax.models.llama import LlamaConfig
 from ssvq_jax.quantizers import to_json
@@ -127,9 +127,8 @@ def unit(config: Config, weight_bits: float, bits: float) -> Unit:
 
 def units(config: Config) -> list[Unit]:
     """All pairs of rates; float weights first."""
-    known = (*METHODS[METHOD].quantizers, FLOAT)
-    if unknown := sorted(set(config.bits) - set(known)):
-        raise SystemExit(f"bits={unknown}: choose of {sorted(known)}")
+    check_choice("methods", config.methods, (METHOD,))
+    check_choice("bits", config.bits, (*METHODS[METHOD].quantizers, FLOAT))
     for bits in set(config.activations) - {FLOAT}:
         try:
             pulses_of(bits)

@@ -85,7 +85,7 @@ _RELAXED_SIGNS = {1.25: ssvq.ChannelRelaxedSignSplit(4, 8)}
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rounding to nearest", _UNIFORM, drawn=False),
     "gptq": Method("GPTQ", _UNIFORM, feedback=True, drawn=False),
-    # Steps by plain squared error clip weights of the largest inputs, which rows hardly make good.
+    # GPTQ itself takes the steps of rounding to nearest, whatever the inputs.
     "gptq-weighted": Method(
         "GPTQ, steps weighted by inputs", _UNIFORM, weighted=True, feedback=True, drawn=False
     ),

@@ -7,7 +7,8 @@
 Texts are those of `language_curve`. Codebooks (and signs), norms and embedding learn from the float
 model's predictions on windows that were not held out. Both methods get the same draws of learning
 rates, judged by the perplexity on validation windows, then every seed runs the best one, and its
-perplexity on the held-out windows is read once. About ten minutes a unit on two cores, in 5 GB.
+perplexity on the held-out windows is read once. Some 10 to 15 minutes a unit on two cores that are
+shared, in 5 GB (VQ) and 9 GB (SSVQ).
 Expected: SSVQ below VQ.
 """
 
@@ -66,7 +67,7 @@ class Config(TextConfig):
 
     methods: tuple[str, ...] = tuple(QUANTIZERS)
     bits: tuple[float, ...] = (BITS,)
-    trials: int = 4
+    trials: int = 3
     steps: int = 64
     tokens: int = 256
     accumulate: int = 1

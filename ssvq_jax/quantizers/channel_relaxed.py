@@ -159,7 +159,7 @@ class ChannelRelaxed(CodebookQuantizer):
         spec: LeafSpec,
         calibration: Calibration | None,
     ) -> Encoded:
-        """Encodes a weight, or the magnitudes of one with the signs 1 and -1.
+        """Encodes a weight, or the magnitudes of one with its signs (0 counts as 1).
 
         The signs take part in the refinement: errors of two channels add up or cancel by them.
         """

@@ -68,7 +68,7 @@ def test_quick_activations(tmp_path):
 def test_bits_of_activations_are_those_of_a_layers_four_inputs():
     # 16 dimensions in 4 bits: 64 a group, of which 4 are the amplitude's; 16 more a token.
     bits = language_activations.bits_of(LlamaConfig(), 4.0)
-    assert bits == pytest.approx(4 + 4 * 16 / (3 * 576 + 1536), abs=1 / 16)
+    assert bits == pytest.approx(4 + 4 * 16 / (3 * 576 + 1536))
     with pytest.raises(SystemExit, match="bits=.5.0.: choose of"):
         language_activations.units(language_activations.Config(bits=(5.0,)))
     with pytest.raises(SystemExit, match="activations: .*one pulse takes"):
