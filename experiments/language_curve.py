@@ -67,6 +67,7 @@ class Method:
 _UNIFORM = {float(bits): ssvq.Uniform(bits=bits) for bits in (2, 3, 4)}
 _VECTOR = {
     1.0: ssvq.Vector(256, 8),
+    1.2: ssvq.Vector(512, 8),  # 1.190 bits stored, as CRVQ of 256 codewords with its codebooks
     2.0: ssvq.Vector(256, 4),
     3.0: ssvq.Vector(64, 2),
     4.0: ssvq.Vector(256, 2),
@@ -80,8 +81,9 @@ _PYRAMIDS = {
     float(bits): ssvq.Pyramid(16, pulses_for(bits, 16, 3), 3, rotate=False) for bits in (2, 3, 4)
 }
 _ROTATED = {bits: dataclasses.replace(one, rotate=True) for bits, one in _PYRAMIDS.items()}
-_RELAXED = {1.0: ssvq.ChannelRelaxed(256, 8), 1.25: ssvq.ChannelRelaxed(1024, 8)}
-_RELAXED_SIGNS = {1.25: ssvq.ChannelRelaxedSignSplit(4, 8)}
+# Stored are 1.191 and 1.348 bits, and 1.332 with split signs.
+_RELAXED = {1.0: ssvq.ChannelRelaxed(256, 8), 1.35: ssvq.ChannelRelaxed(512, 8)}
+_RELAXED_SIGNS = {1.35: ssvq.ChannelRelaxedSignSplit(4, 8, extended_codewords=64)}
 METHODS: Mapping[str, Method] = {
     "rtn": Method("rounding to nearest", _UNIFORM, drawn=False),
     "gptq": Method("GPTQ", _UNIFORM, feedback=True, drawn=False),
