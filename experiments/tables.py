@@ -12,15 +12,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def mean_and_deviation(values: Iterable[float], digits: int = 2) -> str:
-    """Mean ± sample standard deviation; of one value, the value.
+    """Mean ± sample standard deviation; of one value, the value. No decimals from a thousand on.
 
     Example:
-        >>> mean_and_deviation([1.0, 3.0])
-        '2.00 ± 1.41'
+        >>> mean_and_deviation([1.0, 3.0]), mean_and_deviation([12345.6])
+        ('2.00 ± 1.41', '12,346')
     """
     found = list(values)
-    mean = f"{np.mean(found):.{digits}f}"
-    return mean if len(found) == 1 else f"{mean} ± {deviation(found):.{digits}f}"
+    digits = 0 if np.mean(found) >= 1000 else digits
+    mean = f"{np.mean(found):,.{digits}f}"
+    return mean if len(found) == 1 else f"{mean} ± {deviation(found):,.{digits}f}"
 
 
 def deviation(values: Sequence[float]) -> float:
