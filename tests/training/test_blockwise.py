@@ -1,0 +1,244 @@
+"""Block-wise fine-tuning: against least squares, a composition by hand, and a Llama's layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ssvq_jax as ssvq
+from ssvq_jax.models.import_llama import stack_layers
+from ssvq_jax.models.llama import Layer, Llama, LlamaConfig
+from ssvq_jax.training.blockwise import finetune_blocks
+from ssvq_jax.training.optimizer import OptimizerConfig
+
+CONFIG = LlamaConfig(vocab=61, width=16, depth=2, heads=2, kv_heads=2, hidden=24, context=64)
+LAYERS = [f"layers_{i}" for i in range(CONFIG.depth)]
+RATES = OptimizerConfig(dense=1e-3, codebook=3e-3, sign=1e-3, scale=3e-3, freeze=None)
+STILL = OptimizerConfig(dense=0.0, codebook=0.0, sign=0.0, scale=0.0, latent=0.0, freeze=None)
+
+
+@pytest.fixture(autouse=True)
+def users_promotion():
+    """Optax computes with weak types."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def multiply(params, x):
+    return x @ params["kernel"]
+
+
+def layer(params, x):
+    return Layer(CONFIG).apply({"params": params}, x, jnp.arange(x.shape[1]))
+
+
+def two_kernels(shape=(8, 8)):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {name: {"kernel": jax.random.normal(keys[i], shape)} for i, name in enumerate("ab")}
+    return params, jax.random.normal(keys[2], (12, 5, 8))
+
+
+def relative(y, t):
+    y, t = np.asarray(y, np.float64), np.asarray(t, np.float64)
+    return np.mean(np.sum((y - t) ** 2, -1) / np.sum(t**2, -1))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, CONFIG.vocab)
+    params = Llama(CONFIG).init(jax.random.key(0), tokens)["params"]
+    return params, params["embed"]["embedding"][tokens]
+
+
+def test_the_least_squares_codebook_is_reached():
+    params, inputs = two_kernels()
+    params = {"a": params["a"]}
+    plan = ssvq.make_plan(params, [(".*", ssvq.Vector(8, 2, codebook_dtype="float16"))])
+    variables = plan.init(jax.random.key(2), params)
+    targets = multiply(params["a"], inputs)
+    length = jnp.linalg.norm(targets, axis=-1, keepdims=True)
+    codebook = variables["vq"]["a/kernel"]["codebook"]
+
+    def outputs(codebook):
+        held = {**variables, "vq": {"a/kernel": {"codebook": codebook}}}
+        return (multiply(plan.decode(held)["a"], inputs) / length).ravel()
+
+    # The decoded weight is linear in the codebook, but for how it is rounded.
+    matrix = np.asarray(jax.jacobian(outputs)(codebook), np.float64).reshape(-1, codebook.size)
+    wanted = np.asarray(targets / length, np.float64).ravel()
+    rest = np.linalg.lstsq(matrix, wanted)[1][0] / length.size
+    _, (report,) = finetune_blocks(
+        multiply, plan, variables, params, inputs, ["a"], steps=300, batch_size=12,
+        optimizer=OptimizerConfig(codebook=0.03, freeze=None),
+    )  # fmt: skip
+    assert report.before > 1.04 * rest
+    assert rest * (1 - 1e-5) < report.after < rest * 1.001
+
+
+def test_a_block_gets_what_compressed_ones_put_out_and_learns_what_float_ones_do():
+    params, inputs = two_kernels()
+    plan = ssvq.make_plan(params, [(".*", ssvq.Uniform(bits=3))])
+    variables = plan.init(jax.random.key(2), params)
+    same, reports = finetune_blocks(
+        multiply, plan, variables, params, inputs, ["a", "b"], steps=2, optimizer=STILL
+    )
+    decoded = plan.decode(variables)
+    first, second = multiply(decoded["a"], inputs), multiply(params["a"], inputs)
+    wanted = [
+        relative(first, second),
+        relative(multiply(decoded["b"], first), multiply(params["b"], second)),
+    ]
+    np.testing.assert_allclose([report.before for report in reports], wanted, rtol=1e-5)
+    assert [report.path for report in reports] == ["a", "b"]
+    assert all(report.after == report.before for report in reports)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), same, variables))
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        ssvq.Vector(codewords=8, dim=4),
+        ssvq.SignSplit(codewords=4, dim=4),
+    ],
+    ids=lambda quantizer: quantizer.method,
+)
+def test_a_llama_s_layers_get_better_and_codes_stay(quantizer, llama):
+    params, hidden = llama
+    plan = ssvq.make_plan(params, [("layers_.*/kernel", quantizer), (".*", None)])
+    variables = plan.init(jax.random.key(2), params)
+    tuned, reports = finetune_blocks(
+        layer, plan, variables, params, hidden, LAYERS, steps=8, batch_size=4, optimizer=RATES
+    )
+    assert all(report.after < report.before for report in reports), reports
+    y = t = hidden
+    for name, report in zip(LAYERS, reports, strict=True):
+        y, t = layer(plan.decode(tuned)[name], y), layer(params[name], t)
+        assert relative(y, t) == pytest.approx(report.after, rel=1e-3)
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: bool(jnp.all(x == y)), tuned["vq_state"], variables["vq_state"])
+    )
+    for leaf in ("embed", "norm"):
+        assert jax.tree.leaves(tuned["params"][leaf])[0] is jax.tree.leaves(params[leaf])[0]
+    scale = tuned["params"]["layers_1"]["attn_norm"]["scale"]
+    assert not jnp.all(scale == params["layers_1"]["attn_norm"]["scale"])
+
+
+def test_stacked_layers_learn_what_single_ones_do(llama):
+    params, hidden = llama
+    stacked = stack_layers({"params": params})["params"]
+    quantizer = ssvq.SignSplit(codewords=4, dim=4)
+    plan = ssvq.make_plan(params, [("layers_.*/kernel", quantizer), (".*", None)])
+    plan_stacked = ssvq.make_plan(
+        stacked, [ssvq.Rule("layers/.*/kernel", quantizer, stacked=1), (".*", None)]
+    )
+    whole = plan_stacked.init(jax.random.key(2), stacked)
+    single = {
+        collection: {
+            f"layers_{i}/{name.removeprefix('layers/')}": jax.tree.map(lambda x, i=i: x[i], fields)
+            for name, fields in whole[collection].items()
+            for i in range(CONFIG.depth)
+        }
+        for collection in ("vq", "vq_state")
+    }
+    single["params"] = plan.init(jax.random.key(2), params)["params"]
+    options = {"steps": 4, "batch_size": 4, "optimizer": RATES, "seed": 3}
+    one, reports = finetune_blocks(layer, plan, single, params, hidden, LAYERS, **options)
+    other, stacked_reports = finetune_blocks(
+        layer, plan_stacked, whole, stacked, hidden, "layers", **options
+    )
+    assert [report.path for report in stacked_reports] == ["layers[0]", "layers[1]"]
+    for ours, theirs in zip(reports, stacked_reports, strict=True):
+        assert (ours.before, ours.after) == pytest.approx((theirs.before, theirs.after), rel=1e-5)
+    mine = stack_layers({"params": plan.decode(one)})["params"]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), mine, plan_stacked.decode(other)
+    )
+
+
+def test_crvq_learns_both_codebooks():
+    params, inputs = two_kernels()
+    quantizer = ssvq.ChannelRelaxed(4, 2, critical=0.5, extended=1, extended_codewords=4)
+    plan = ssvq.make_plan(params, [(".*", quantizer)])
+    variables = plan.init(jax.random.key(2), params)
+    tuned, reports = finetune_blocks(
+        multiply, plan, variables, params, inputs, ["a", "b"], steps=8, optimizer=RATES
+    )
+    assert all(report.after < report.before for report in reports)
+    for name in ("codebook", "extended_codebook"):
+        was, now = (each["vq"]["b/kernel"][name] for each in (variables, tuned))
+        assert not jnp.any(was == now)
+
+
+def test_leaves_that_share_a_codebook_inside_of_a_block():
+    kernels = jax.random.normal(jax.random.key(2), (2, 2, 8, 8))
+    params = {
+        name: {"kernel": one, "other": other}
+        for name, (one, other) in zip("ab", kernels, strict=True)
+    }
+    rules = [
+        ssvq.Rule(f"{name}/.*", ssvq.Vector(4, 2, codebook_dtype="float16"), share=name)
+        for name in "ab"
+    ]
+    plan = ssvq.make_plan(params, rules)
+    variables = plan.init(jax.random.key(0), params)
+    tuned, reports = finetune_blocks(
+        lambda params, x: x @ params["kernel"] @ params["other"], plan, variables, params,
+        jax.random.normal(jax.random.key(1), (8, 8)), ["a", "b"], steps=30, batch_size=8,
+        optimizer=RATES,
+    )  # fmt: skip
+    assert set(tuned["vq"]) == {"a", "b"}
+    assert all(report.after < report.before for report in reports), reports
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"paths": ["c"]}, "block 'c' has no leaf that the plan compresses"),
+        ({"paths": "a/kernel"}, "block 'a/kernel' has no leaf"),
+        ({"paths": "a"}, "give its rule stacked=1"),
+        ({"steps": 0}, "give at least 1 step"),
+        ({"batch_size": 13}, "batches of 1 to 12 examples"),
+        ({"block": lambda params, x: x[..., :4]}, "block 'a' gives .* shape"),
+        ({"block": lambda params, x: x / 0.0}, "not finite"),
+        ({"params": {"a": {"kernel": jnp.eye(4)}}}, "leaf 'a/kernel'"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    params, inputs = two_kernels()
+    plan = ssvq.make_plan(params, [(".*", ssvq.Vector(8, 2))])
+    given = {"block": multiply, "plan": plan, "variables": plan.init(jax.random.key(0), params)}
+    given |= {"params": params, "hidden": inputs, "paths": ["a", "b"], "steps": 1}
+    with pytest.raises(ValueError, match=message):
+        finetune_blocks(**{**given, "optimizer": RATES, **changes})
+
+
+def test_blocks_that_are_encoded_together_are_refused():
+    params, inputs = two_kernels()
+    plan = ssvq.make_plan(params, [ssvq.Rule(".*", ssvq.Vector(8, 2), share="both")])
+    variables = plan.init(jax.random.key(0), params)
+    with pytest.raises(ValueError, match="'both' is encoded for several blocks at once"):
+        finetune_blocks(
+            multiply, plan, variables, params, inputs, ["a", "b"], steps=1, optimizer=RATES
+        )
+
+
+def test_stacks_of_other_depths_are_refused():
+    params = {"layers": {"kernel": jnp.ones((3, 8, 8)), "scale": jnp.ones((2, 8))}}
+    rules = [ssvq.Rule("layers/kernel", ssvq.Uniform(bits=4), stacked=1), (".*", None)]
+    plan = ssvq.make_plan(params, rules)
+    variables = plan.init(jax.random.key(0), params)
+    with pytest.raises(ValueError, match=r"lengths \[2, 3\]"):
+        finetune_blocks(
+            multiply, plan, variables, params, jnp.ones((2, 8)), "layers", steps=1, optimizer=RATES
+        )
+
+
+def test_rates_that_are_too_high_are_said_to_be():
+    params, inputs = two_kernels()
+    plan = ssvq.make_plan(params, [(".*", ssvq.Uniform(bits=4))])
+    variables = plan.init(jax.random.key(0), params)
+    high = dataclasses.replace(RATES, latent=1e38, clip_norm=None)
+    with pytest.raises(ValueError, match="block 'a': its error is .* lower learning rates"):
+        finetune_blocks(multiply, plan, variables, params, inputs, ["a"], steps=3, optimizer=high)
