@@ -41,6 +41,21 @@ def test_a_quick_curve(other, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_quick_curve_with_blocks_fine_tuned(tmp_path):
+    out = tmp_path / "rows.json"
+    config = language_curve.Config(
+        quick=True, methods=("gptvq", "gptvq-blocks"), bits=(3.0,), out=out
+    )
+    conduct(
+        "language_curve", language_curve.units, language_curve.tables, language_curve.plot, config
+    )
+    _, plain, tuned = sorted(json.loads(out.read_text())["rows"], key=lambda row: row["method"])
+    assert all(after < before for before, after in tuned["block_errors"])
+    assert tuned["perplexity_test"] != plain["perplexity_test"]
+    assert tuned["seconds_blocks"] > plain["seconds_blocks"] == 0
+
+
+@pytest.mark.slow
 def test_a_quick_finetuning(tmp_path):
     out = tmp_path / "rows.json"
     language_finetuning.main(language_finetuning.Config(quick=True, methods=("ssvq",), out=out))
