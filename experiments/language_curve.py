@@ -342,7 +342,7 @@ def plot(rows: Rows, folder: Path) -> None:
     figure, axes = new_figure()
     for row in select(rows, method="float"):
         axes.axhline(row["perplexity_test"], color="grey", linestyle=":", label="as published")
-    for name, method in METHODS.items():
+    for i, (name, method) in enumerate(METHODS.items()):
         of_method = select(rows, method=name)
         rates = sorted({row["bits"] for row in of_method})
         at = [select(of_method, bits=bits) for bits in rates]
@@ -351,7 +351,7 @@ def plot(rows: Rows, folder: Path) -> None:
                 [each[0]["bits_per_weight"] for each in at],
                 [np.mean([row["perplexity_test"] for row in each]) for each in at],
                 yerr=[deviation([row["perplexity_test"] for row in each]) for each in at],
-                marker="o", capsize=3, label=method.label,
+                marker="os"[i // 10], color=f"C{i % 10}", capsize=3, label=method.label,
             )  # fmt: skip
     axes.set(
         yscale="log",
