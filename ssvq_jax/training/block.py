@@ -54,28 +54,31 @@ class Block:
         return {"params": params, "vq": own("vq"), "vq_state": own("vq_state")}
 
     def put(self, variables: Variables, own: Variables) -> dict[str, Any]:
-        """The model's variables with others of this block."""
-        changed = {"params": self._put(variables["params"], own["params"], self.path.split("/"))}
-        for name in ("vq", "vq_state"):
-            whole = {self.entries[inner]: (inner, own[name][inner]) for inner in own[name]}
-            changed[name] = {
-                entry: self._merge(fields, whole[entry][1]) if entry in whole else fields
-                for entry, fields in variables[name].items()
-            }
-        return changed
+        """The model's variables with what this block learned; of a stack, all blocks, stacked."""
+        learned = {self.entries[inner]: fields for inner, fields in own["vq"].items()}
+        params = _replaced(variables["params"], own["params"], self.path.split("/"))
+        return {**variables, "params": params, "vq": {**variables["vq"], **learned}}
 
     def _slice(self, tree: PyTree) -> PyTree:
         return tree if self.index is None else jax.tree.map(lambda x: x[self.index], tree)
 
-    def _merge(self, whole: PyTree, own: PyTree) -> PyTree:
-        if self.index is None:
-            return own
-        return jax.tree.map(lambda x, y: jnp.asarray(x).at[self.index].set(y), whole, own)
 
-    def _put(self, tree: PyTree, own: PyTree, keys: Sequence[str]) -> PyTree:
-        if not keys:
-            return self._merge(tree, own)
-        return {**tree, keys[0]: self._put(tree[keys[0]], own, keys[1:])}
+def _replaced(tree: PyTree, part: PyTree, keys: Sequence[str]) -> PyTree:
+    if not keys:
+        return part
+    return {**tree, keys[0]: _replaced(tree[keys[0]], part, keys[1:])}
+
+
+def join(
+    blocks: Sequence[Block], variables: Variables, learned: Sequence[Variables]
+) -> dict[str, Any]:
+    """The model's variables with what each of its blocks learned."""
+    found = {name: variables[name] for name in ("params", "vq", "vq_state")}
+    if blocks[0].index is not None:
+        return blocks[0].put(found, jax.tree.map(lambda *each: jnp.stack(each), *learned))
+    for block, own in zip(blocks, learned, strict=True):
+        found = block.put(found, own)
+    return found
 
 
 def blocks_of(plan: Plan, params: PyTree, paths: str | Sequence[str]) -> list[Block]:
@@ -87,20 +90,23 @@ def blocks_of(plan: Plan, params: PyTree, paths: str | Sequence[str]) -> list[Bl
         paths: as for `ssvq_jax.training.blockwise.finetune_blocks`.
 
     Raises:
-        ValueError: if a path is no block of the plan or holds nothing that is compressed, or leaves
-            of several blocks are encoded together.
+        ValueError: if there is no path, or one has no leaves; or if leaves of several blocks are
+            encoded together.
     """
     plan.matching_leaves(params)
+    if not paths:
+        raise ValueError("there is no block: give the blocks' places in the parameters")
     if not isinstance(paths, str):
         return [Block(path, None, *_plan_of(plan, path, stacked=False)) for path in paths]
     inner, entries = _plan_of(plan, paths, stacked=True)
-    lengths = {leaf.shape[0] for leaf in plan.leaves if leaf.path.startswith(f"{paths}/")}
-    if len(lengths) > 1:
+    leaves = [leaf for leaf in plan.leaves if leaf.path.startswith(f"{paths}/")]
+    if any(leaf.shape[:1] != leaves[0].shape[:1] or not leaf.shape for leaf in leaves):
+        lengths = {leaf.path: leaf.shape[:1] for leaf in leaves}
         raise ValueError(
-            f"leaves in '{paths}' have leading axes of lengths {sorted(lengths)}, so they are not "
-            "stacked blocks: give a list of the blocks' paths"
+            f"leaves in '{paths}' have other leading axes, {lengths}, so they are not stacked "
+            "blocks: give a list of the blocks' paths"
         )
-    return [Block(paths, i, inner, entries) for i in range(lengths.pop())]
+    return [Block(paths, i, inner, entries) for i in range(leaves[0].shape[0])]
 
 
 def _plan_of(plan: Plan, path: str, stacked: bool) -> tuple[Plan, dict[str, str]]:
@@ -113,6 +119,12 @@ def _plan_of(plan: Plan, path: str, stacked: bool) -> tuple[Plan, dict[str, str]
         shape, deep = leaf.shape[stacked:], max(leaf.stacked - stacked, 0)
         return LeafSpec(leaf.path.removeprefix(f"{path}/"), shape, leaf.dtype, deep)
 
+    if not any(map(inside, plan.leaves)):
+        places = sorted({leaf.path.rpartition("/")[0] for leaf in plan.leaves} - {""})
+        raise ValueError(
+            f"there is no leaf in '{path}': give the places of blocks in the parameters, of which "
+            f"there are e.g. {places[:4]}"
+        )
     entries, names = [], {}
     for entry in plan.entries:
         found = [inside(leaf) for leaf in entry.leaves]
@@ -126,13 +138,9 @@ def _plan_of(plan: Plan, path: str, stacked: bool) -> tuple[Plan, dict[str, str]
                 "between blocks"
             )
         leaves = tuple(map(own, entry.leaves))
-        name = entry.name if shared else leaves[0].path
+        # Blocks that are alike call their shares alike; no leaf has such a path.
+        name = f"//{len(names)}" if shared else leaves[0].path
         names[name] = entry.name
         entries.append(dataclasses.replace(entry, name=name, leaves=leaves))
-    if not entries:
-        raise ValueError(
-            f"block '{path}' has no leaf that the plan compresses: give the places of blocks in "
-            f"the parameters, of which there are {sorted({x.path for x in plan.leaves})[:4]}, ..."
-        )
     leaves = tuple(own(leaf) for leaf in plan.leaves if inside(leaf))
     return Plan(plan.recipe, leaves, tuple(entries)), names

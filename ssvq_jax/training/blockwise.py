@@ -1,14 +1,16 @@
 """Block-wise fine-tuning: one block after the other learns what the float model has there.
 
-Only one block is trained at a time, so that memory and time are those of a block. Codes stay, and
-codebooks, scales, signs and dense leaves of the block learn, by the training step and the optimizer
-of whole models. AQLM (arXiv 2401.06118, section 3.4) and CRVQ (arXiv 2412.09282) do this between
-encoding and end-to-end fine-tuning. A block is given what the compressed blocks before it put out,
-and learns what the *float* model has behind it, so that it makes good their errors, too.
+Gradients, the optimizer's state and activations are those of one block. What a plan calls learned
+learns (codebooks, scales, signs, dense leaves of the block), by the training step and the optimizer
+of whole models. AQLM (arXiv 2401.06118, section 3.4) does this for each block after its encoding,
+and so does CRVQ (arXiv 2412.09282). Ours: all blocks are encoded before; a block gets what the
+compressed blocks before it put out and learns what the *float* model has behind it, so that it
+makes good their errors, too; and every place (token, pixel) counts relative to its own length.
 """
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from ssvq_jax.plan import Plan
 from ssvq_jax.progress import bar_over
-from ssvq_jax.training.block import blocks_of
+from ssvq_jax.training.block import blocks_of, join
 from ssvq_jax.training.objective import INTERMEDIATES, Objective, Teacher
 from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import Forward, TrainStep, make_state, make_train_step
@@ -36,8 +38,8 @@ class BlockReport:
 
     Attributes:
         path: of the block, ``layers_3``, or of the stack with its place there, ``layers[3]``.
-        before: mean of ``|y - t|² / |t|²`` over all places, y being the compressed block's output
-            and t the float model's.
+        before: mean of ``|y - t|² / |t|²`` over all places of the examples that are trained on, y
+            being the compressed block's output and t the float model's.
         after: the same after fine-tuning; not above ``before``.
     """
 
@@ -85,9 +87,9 @@ def finetune_blocks(
         The variables, and a report a block.
 
     Raises:
-        ValueError: if a path is no block of the plan, or holds nothing that is compressed; if
-            leaves of several blocks are encoded together; if outputs are not of the inputs' shape
-            or are not finite; or for settings out of range.
+        ValueError: if there is no path, or one has no leaves; if leaves of several blocks are
+            encoded together; if outputs are not of the inputs' shape or are not finite; or for
+            settings out of range.
 
     Example:
         >>> import ssvq_jax as ssvq
@@ -96,10 +98,11 @@ def finetune_blocks(
         >>> plan = ssvq.make_plan(params, [(".*", ssvq.Vector(codewords=8, dim=2))])
         >>> variables = plan.init(jax.random.key(0), params)
         >>> inputs = jax.random.normal(jax.random.key(1), (32, 8))
-        >>> variables, reports = finetune_blocks(
-        ...     lambda params, x: x @ params["w"], plan, variables, params, inputs,
-        ...     ["layers_0", "layers_1"], steps=8, optimizer=OptimizerConfig(codebook=0.03),
-        ...     batch_size=32)
+        >>> with jax.numpy_dtype_promotion("standard"):
+        ...     variables, reports = finetune_blocks(
+        ...         lambda params, x: x @ params["w"], plan, variables, params, inputs,
+        ...         ["layers_0", "layers_1"], steps=8, optimizer=OptimizerConfig(codebook=0.03),
+        ...         batch_size=32)
         >>> all(report.after < report.before for report in reports)
         True
     """
@@ -112,29 +115,32 @@ def finetune_blocks(
     forward = _forward(block)
     trainer = functools.cache(functools.partial(_trainer, steps, optimizer))
     output = jax.jit(block)
-    error = jax.jit(lambda params, x: _error(block(params, x[:, 0]), x[:, 1]))
-    ours, theirs, reports = hidden, hidden, []
+    ours, theirs = np.asarray(hidden), np.asarray(hidden)
+    learned, reports = [], []
     for part in bar_over(parts, "blocks") if progress else parts:
-        targets = _outputs(output, part.params(params), theirs, batch_size, part.name)
-        pairs = np.stack([ours, targets], axis=1)
+        targets = _outputs(output, part.params(params), theirs, batch_size)
         own = part.take(variables)
         train, tx, decode = trainer(part.plan)
-        before = _mean_error(error, decode(own), pairs, batch_size)
+        found = _outputs(output, decode(own), ours, batch_size)
+        _check(part.name, ours, targets, found)
+        before = _mean_error(found, targets, batch_size)
         state = make_state(forward, own, tx, jax.random.key(seed))
-        for batch in _batches(pairs, batch_size, steps, seed):
+        for batch in _batches(np.stack([ours, targets], axis=1), batch_size, steps, seed):
             state, _ = train(state, batch)
-        after = _mean_error(error, decode(state.variables), pairs, batch_size)
+        tuned = _outputs(output, decode(state.variables), ours, batch_size)
+        after = _mean_error(tuned, targets, batch_size)
         if not np.isfinite(after):
-            raise ValueError(
-                f"block '{part.name}': its error is {after} after fine-tuning: use lower learning "
-                "rates or a smaller clip_norm"
+            warnings.warn(
+                f"block '{part.name}' is left as it was, since its error is {after} after "
+                "fine-tuning: use lower learning rates or a smaller clip_norm",
+                stacklevel=2,
             )
         if after < before:
-            own = state.variables
-            variables = part.put(variables, own)
-        reports.append(BlockReport(part.name, before, min(before, after)))
-        ours, theirs = _outputs(output, decode(own), ours, batch_size, part.name), targets
-    return {name: variables[name] for name in ("params", "vq", "vq_state")}, reports
+            own, found = state.variables, tuned
+        learned.append({name: own[name] for name in ("params", "vq")})
+        reports.append(BlockReport(part.name, before, after if after < before else before))
+        ours, theirs = found, targets
+    return join(parts, variables, learned), reports
 
 
 def _forward(block: BlockFunction) -> Forward:
@@ -159,7 +165,7 @@ def _targets(
 
 def _told(output: Array, targets: Array, model_state: PyTree) -> tuple[Array, PyTree]:
     """An output relative to the targets' length at each place, as a feature; and no logits."""
-    feature = {"block": {"__call__": (output * _one_over_length(targets),)}}
+    feature = {"block": {"__call__": (_wide(output) * _one_over_length(_wide(targets)),)}}
     return jnp.zeros((len(output), 1)), {**model_state, INTERMEDIATES: feature}
 
 
@@ -168,10 +174,16 @@ def _one_over_length(targets: Array) -> Array:
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0)
 
 
-def _error(output: Array, targets: Array) -> Float[Array, " b"]:
-    """Mean of the relative squared errors of an example's places."""
-    error = jnp.sum(jnp.square((output - targets) * _one_over_length(targets)), axis=-1)
-    return jnp.mean(error.reshape(len(error), -1), axis=1)
+@jax.jit
+def _error(output: Array, targets: Array) -> Float[Array, ""]:
+    """Mean of the relative squared errors of all places."""
+    output, targets = _wide(output), _wide(targets)
+    return jnp.mean(jnp.sum(jnp.square((output - targets) * _one_over_length(targets)), axis=-1))
+
+
+def _wide(x: Array) -> Array:
+    """In float32 at least: the square of 256 is infinite in float16."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class _Trainer(NamedTuple):
@@ -190,30 +202,34 @@ def _trainer(steps: int, config: OptimizerConfig, plan: Plan) -> _Trainer:
 def _batches(pairs: np.ndarray, size: int, steps: int, seed: int) -> Iterator[dict[str, Any]]:
     """So many batches of shuffled examples; each epoch is a new permutation."""
     labels, epoch = np.zeros(size, np.int32), len(pairs) // size
+    order = np.arange(0)
     for i in range(steps):
-        order = np.random.default_rng([seed, i // epoch]).permutation(len(pairs))
+        if i % epoch == 0:
+            order = np.random.default_rng([seed, i // epoch]).permutation(len(pairs))
         first = i % epoch * size
         yield {"image": pairs[order[first : first + size]], "label": labels}
 
 
 def _outputs(
-    output: Callable[..., Array], params: PyTree, inputs: Any, size: int, name: str
+    output: Callable[..., Array], params: PyTree, inputs: np.ndarray, size: int
 ) -> np.ndarray:
     """A block's outputs, on the host: not all examples' are on the device at once."""
-    found = np.concatenate(
-        [np.asarray(output(params, x)) for x in _cut(np.asarray(inputs), size)], axis=0
-    )
-    if found.shape != inputs.shape or not np.all(np.isfinite(found)):
-        raise ValueError(
-            f"block '{name}' gives {found.dtype}{list(found.shape)} for inputs of shape "
-            f"{list(inputs.shape)}, or numbers that are not finite: give a function of parameters "
-            "and inputs whose outputs are the next block's inputs"
-        )
-    return found
+    return np.concatenate([np.asarray(output(params, x)) for x in _cut(inputs, size)])
 
 
-def _mean_error(error: Callable[..., Array], params: PyTree, pairs: np.ndarray, size: int) -> float:
-    return float(np.mean(np.concatenate([error(params, x) for x in _cut(pairs, size)])))
+def _check(name: str, inputs: np.ndarray, targets: np.ndarray, found: np.ndarray) -> None:
+    for who, given in (("", targets), ("compressed ", found)):
+        if given.shape != inputs.shape or not np.all(np.isfinite(given)):
+            raise ValueError(
+                f"the {who}block '{name}' gives shape {list(given.shape)} for inputs of shape "
+                f"{list(inputs.shape)}, or numbers that are not finite: give a function of "
+                "parameters and inputs whose outputs are the next block's inputs"
+            )
+
+
+def _mean_error(found: np.ndarray, targets: np.ndarray, size: int) -> float:
+    parts = zip(_cut(found, size), _cut(targets, size), strict=True)
+    return float(np.sum([float(_error(y, t)) * len(y) for y, t in parts]) / len(found))
 
 
 def _cut(examples: np.ndarray, size: int) -> list[np.ndarray]:
