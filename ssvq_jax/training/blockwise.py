@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Key
 from ssvq_jax.plan import Plan
 from ssvq_jax.progress import bar_over
 from ssvq_jax.training.block import blocks_of, join
-from ssvq_jax.training.objective import INTERMEDIATES, Objective, Teacher
+from ssvq_jax.training.objective import INTERMEDIATES, Objective, Teacher, wide
 from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import Forward, TrainStep, make_state, make_train_step
 from ssvq_jax.tree import PyTree, Variables
@@ -138,7 +138,7 @@ def finetune_blocks(
         if after < before:
             own, found = state.variables, tuned
         learned.append({name: own[name] for name in ("params", "vq")})
-        reports.append(BlockReport(part.name, before, after if after < before else before))
+        reports.append(BlockReport(part.name, before, min(before, after)))
         ours, theirs = found, targets
     return join(parts, variables, learned), reports
 
@@ -165,7 +165,7 @@ def _targets(
 
 def _told(output: Array, targets: Array, model_state: PyTree) -> tuple[Array, PyTree]:
     """An output relative to the targets' length at each place, as a feature; and no logits."""
-    feature = {"block": {"__call__": (_wide(output) * _one_over_length(_wide(targets)),)}}
+    feature = {"block": {"__call__": (wide(output) * _one_over_length(wide(targets)),)}}
     return jnp.zeros((len(output), 1)), {**model_state, INTERMEDIATES: feature}
 
 
@@ -177,13 +177,8 @@ def _one_over_length(targets: Array) -> Array:
 @jax.jit
 def _error(output: Array, targets: Array) -> Float[Array, ""]:
     """Mean of the relative squared errors of all places."""
-    output, targets = _wide(output), _wide(targets)
+    output, targets = wide(output), wide(targets)
     return jnp.mean(jnp.sum(jnp.square((output - targets) * _one_over_length(targets)), axis=-1))
-
-
-def _wide(x: Array) -> Array:
-    """In float32 at least: the square of 256 is infinite in float16."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class _Trainer(NamedTuple):

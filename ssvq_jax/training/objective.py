@@ -144,7 +144,7 @@ def label_loss(
         >>> round(float(jnp.exp(label_loss(logits, {"label": label}, 0.1))), 4)
         4.0
     """
-    logits = _wide(logits)
+    logits = wide(logits)
     label, other = batch["label"], batch.get("other_label")
     if not smoothing and other is None:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
@@ -174,7 +174,7 @@ def teacher_loss(
         >>> round(float(teacher_loss(logits, jnp.zeros((1, 2)), 1.0)), 4)  # ln 0.5 - ln 0.3
         0.5108
     """
-    ours, theirs = (jax.nn.log_softmax(_wide(x) / temperature) for x in (logits, teacher))
+    ours, theirs = (jax.nn.log_softmax(wide(x) / temperature) for x in (logits, teacher))
     return temperature**2 * jnp.mean(optax.losses.kl_divergence_with_log_targets(ours, theirs))
 
 
@@ -198,7 +198,7 @@ def feature_loss(
     check_features(features, teacher)
 
     def distance(path: str) -> Array:
-        ours, theirs = (_wide(x[path]) for x in (features, teacher))
+        ours, theirs = (wide(x[path]) for x in (features, teacher))
         size = jnp.sum(theirs**2)
         return jnp.sum((ours - theirs) ** 2) / jnp.where(size > 0, size, 1.0)
 
@@ -251,6 +251,6 @@ def features_of(collections: Mapping[str, Any]) -> dict[str, Float[Array, "..."]
     return found
 
 
-def _wide(x: Array) -> Array:
-    """In float32 at least: in 16 bits, logarithms of probabilities are off by a hundredth."""
+def wide(x: Array) -> Array:
+    """In float32 at least: 16 bits are a hundredth off in logarithms, or cannot hold squares."""
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
