@@ -10,6 +10,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +71,8 @@ def read_pth(path: Path) -> dict[str, np.ndarray]:
         content, storages = _read_zip(path) if zipped else _read_legacy(path)
         return {name: _tensor(view, storages) for name, view in _state_dict(content).items()}
     except (OSError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error,
-            AttributeError, IndexError, MemoryError, OverflowError, TypeError,
-            ValueError) as error:  # fmt: skip
+            zlib.error, AttributeError, IndexError, MemoryError, OverflowError, RuntimeError,
+            TypeError, ValueError) as error:  # fmt: skip
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} cannot be read as a PyTorch state dict ({reason}): save one with "

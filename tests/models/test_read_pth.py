@@ -3,7 +3,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssvq_jax.models.read_pth import read_pth
@@ -71,7 +71,6 @@ def test_code_is_not_run(tmp_path, capsys, zipped, content):
     assert "executed" not in capsys.readouterr().out
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     cut=st.booleans(), place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255),
     zipped=st.booleans(),
@@ -94,6 +93,26 @@ def test_damage_is_one_error(tmp_path_factory, cut, place, bits, zipped):
     assert not message or message.startswith(f"{file} cannot be read")
     # What is read all the same was changed in numbers, names, or bytes that nobody reads.
     assert all(array.size <= 6 for array in found.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (8, 1, "encrypted"),
+        (10, 8, "invalid"),
+        (10, 256, "compression method is not supported"),
+    ],
+    ids=["encrypted", "deflated", "unknown compression"],
+)
+def test_damaged_directory_of_a_zip_file(tmp_path, field, value, message):
+    file = tmp_path / "model.pth"
+    torch.save({"a": torch.arange(6.0)}, file)
+    content = bytearray(file.read_bytes())
+    at = content.index(b"PK\x01\x02") + field  # the entry of the first member, data.pkl
+    content[at : at + 2] = value.to_bytes(2, "little")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model.pth cannot be read .*{message}"):
+        read_pth(file)
 
 
 def test_a_view_beyond_its_storage(tmp_path):
