@@ -1,39 +1,69 @@
-"""Shared test set-up: run-time shape checks, strict promotion, the slow mark."""
+"""Shared test set-up: compilation, run-time shape checks, strict promotion, the slow mark."""
 
+import atexit
+import gc
 import itertools
 import os
 import pathlib
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator
 
+# Before JAX is imported; the processes that tests start inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The suite compiles far more than it computes. These flags take a quarter of the time to compile;
+# XLA_FLAGS= (set, and empty) compiles as users do, and nightly runs set it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
+# All processes of a run share what they compile. The folder goes with the run, unless the variable
+# names one to keep.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ssvq-tests-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import chex
+import hypothesis
 import jax
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-# Every annotated function of the package checks its shapes and dtypes while the tests run.
+# Annotated functions of the package can check their shapes and dtypes; see _annotations_checked.
 _hook = install_import_hook("ssvq_jax", "beartype.beartype")
 _hook.__enter__()
+
+# Daily, few examples and always the same: what fails is the change. Nightly, many and others.
+hypothesis.settings.register_profile("daily", deadline=None, derandomize=True, max_examples=20)
+hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True, max_examples=100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Doctests are looked for in modules, and there can be one module `conftest`.
-collect_ignore_glob = ["*/conftest.py"]
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
 _tests_run = itertools.count(1)
+_MAPS = pathlib.Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True)
-def _few_compiled_programs() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    """Forgets them now and then: each has memory maps, and a process gets 65,530 on Linux."""
+def _few_memory_maps() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """Forgets compiled programs in time: each has memory maps, and Linux allows 65,530."""
     yield
-    if next(_tests_run) % 100 == 0:
+    if next(_tests_run) % 10 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _own_traces() -> None:  # pyright: ignore[reportUnusedFunction]
+    """Lets `chex.assert_max_traces` count from zero; it takes functions of one source for one."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture(scope="session")
@@ -46,39 +76,55 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return root
 
 
+_checked: set[tuple[pathlib.Path, str]] = set()
+_WHOLE_PROGRAMS = {"cli", "experiments", "test_composition.py", "test_readme.py"}
+
+
+@pytest.fixture(autouse=True)
+def _annotations_checked(request: pytest.FixtureRequest) -> None:  # pyright: ignore[reportUnusedFunction]
+    """Checks annotations in the first case of each test, but for whole programs; nightly in all."""
+    path = request.path
+    test = path, getattr(request.node, "originalname", request.node.name)
+    whole = {path.name, path.parent.name} & _WHOLE_PROGRAMS
+    skipped = (whole or test in _checked) and not request.config.getoption("--run-slow")
+    jaxtyping.config.update("jaxtyping_disable", bool(skipped))
+    _checked.add(test)
+
+
 @pytest.fixture
-def as_installed() -> Iterator[None]:
+def as_installed(_annotations_checked: None) -> None:
     """Without the run-time annotation checks, which would refuse some bad input first."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture
-def on_eight_devices() -> Callable[[pathlib.Path], None]:
-    """Runs a file of tests in a process of its own with eight devices, which JAX then keeps."""
-
-    def run(checks: pathlib.Path) -> None:
-        environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
-            env=environment, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("nightly" if config.getoption("--run-slow") else "daily")
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what stays to the end: modules and tests are most of it."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # What takes longest comes first, so that no worker waits for it at the end.
+    items.sort(key=lambda item: item.path.name not in ("test_eight_devices.py", "test_readme.py"))
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow: give --run-slow to run it")
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives neighbouring tests, which share fixtures and programs, to one worker."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)

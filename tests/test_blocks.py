@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssvq_jax.blocks import block_layout
@@ -52,7 +52,6 @@ def test_layouts_of_flax_weights_round_trip(shape, axis):
     assert np.all(steps == np.prod(shape[axis % len(shape) + 1 :]))
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 9), st.data())
 def test_join_inverts_split(shape, dim, data):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))

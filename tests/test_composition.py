@@ -1,5 +1,6 @@
 """The same transforms on models of every kind, and in a loop of the user's own."""
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -63,7 +64,7 @@ def check(params, result):
     losses, decoded, trained = result
     assert losses[-1] < 0.8 * losses[0]
     assert jax.tree.structure(decoded) == jax.tree.structure(params)
-    assert jax.tree.all(jax.tree.map(np.array_equal, decoded, trained))
+    chex.assert_trees_all_equal(decoded, trained)
 
 
 class LinenNet(nn.Module):
@@ -74,10 +75,11 @@ class LinenNet(nn.Module):
 
 def test_linen():
     model = LinenNet()
-    params = model.init(jax.random.key(0), inputs())["params"]
+    params = jax.jit(model.init)(jax.random.key(0), inputs())["params"]
     check(params, finetune(params, lambda p: model.apply({"params": p}, inputs())))
 
 
+@pytest.mark.slow
 def test_linen_attention_convolution_and_embedding_kernels():
     class Net(nn.Module):
         @nn.compact
@@ -88,7 +90,7 @@ def test_linen_attention_convolution_and_embedding_kernels():
             return nn.Conv(8, (3,))(x)
 
     model, tokens = Net(), jnp.arange(32).reshape(4, 8)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     quantizer = ssvq.SignSplit(codewords=2, dim=4, iterations=5)
     rules = ((r".*(kernel|embedding)", quantizer), (".*", None))
     paths = {entry.name for entry in ssvq.make_plan(params, rules).entries}
@@ -136,7 +138,7 @@ def scanned_vit():
     )
     model = ViT(config, scan=True)
     images = jax.random.normal(jax.random.key(3), (4, 8, 8, 1))
-    return model, images, model.init(jax.random.key(0), images)["params"]
+    return model, images, jax.jit(model.init)(jax.random.key(0), images)["params"]
 
 
 def test_scanned_linen_model_gets_a_codebook_a_layer():
@@ -163,7 +165,7 @@ def test_scanned_and_unrolled_models_compute_the_same():
 
 def test_train_state_of_the_users_own():
     model = LinenNet()
-    params = model.init(jax.random.key(0), inputs())["params"]
+    params = jax.jit(model.init)(jax.random.key(0), inputs())["params"]
     plan = ssvq.make_plan(params, RULES)
     learned, fixed = ssvq.split(plan.init(jax.random.key(1), params))
     groups = {"dense": optax.adamw(1e-3), "codebook": optax.adam(1e-2), "sign": optax.adam(1e-2)}

@@ -1,5 +1,7 @@
+import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,9 @@ RULES = (
 )
 
 
-def equal(a, b):
-    return jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
-    )
+@functools.cache
+def deit_tiny_shapes(scan=False):
+    return param_shapes(create("deit_tiny", scan=scan))
 
 
 def test_variables_hold_dense_leaves_and_entries_by_path(params):
@@ -68,7 +69,7 @@ def test_gradient_equals_the_quantizers_own(params):
     own = jax.grad(
         lambda p: jnp.sum(SMALL.decode(p, fixed["vq_state"]["blocks/0/kernel"], spec) ** 3)
     )(learned["vq"]["blocks/0/kernel"])
-    assert equal(grads["vq"]["blocks/0/kernel"], own)
+    chex.assert_trees_all_equal(grads["vq"]["blocks/0/kernel"], own, strict=True)
     assert not np.any(grads["vq"]["blocks/1/kernel"]["codebook"])
     assert not np.any(grads["params"]["blocks"][0]["bias"])
 
@@ -77,7 +78,7 @@ def test_finalize_keeps_every_bit(params):
     plan = make_plan(params, RULES)
     variables = plan.init(jax.random.key(1), params)
     packed = plan.finalize(variables)
-    assert equal(packed.decode(), plan.decode(variables))
+    chex.assert_trees_all_equal(packed.decode(), plan.decode(variables), strict=True)
     held = sum(
         8 * stream.nbytes for streams in packed.streams.values() for stream in streams.values()
     )
@@ -89,7 +90,7 @@ def test_equal_weights_are_clustered_by_their_own_keys_whatever_the_rest_of_the_
     plan, small = make_plan(params, RULES), make_plan(alone, RULES[1::2])
     key = jax.random.key(5)
     one = plan.init(key, params)["vq"]["blocks/0/kernel"]
-    assert equal(one, small.init(key, alone)["vq"]["blocks/0/kernel"])
+    chex.assert_trees_all_equal(one, small.init(key, alone)["vq"]["blocks/0/kernel"], strict=True)
 
 
 def test_labels_name_the_optimizer_groups(params):
@@ -131,9 +132,9 @@ def test_shared_codebook_is_stored_once_and_clusters_all_leaves_together():
     assert set(variables["vq"]) == {"both"}
     assert variables["vq"]["both"]["codebook"].shape == (2, 2)
     decoded = plan.decode(variables)
-    assert equal(decoded, {"a": params["a"].T, "b": params["b"]})
+    chex.assert_trees_all_equal(decoded, {"a": params["a"].T, "b": params["b"]}, strict=True)
     assert plan.bits().compressed.bits == {"codes": 8, "codebook": 2 * 2 * 32}  # a whole byte
-    assert equal(plan.finalize(variables).decode(), decoded)
+    chex.assert_trees_all_equal(plan.finalize(variables).decode(), decoded, strict=True)
 
 
 def test_shared_leaves_may_have_several_rules_and_layouts(params):
@@ -299,7 +300,7 @@ def test_another_tree_than_the_plans_is_named(params):
 
 
 def test_deit_tiny_at_21x():
-    plan = make_plan(param_shapes(create("deit_tiny")), ssvq.load_recipe("ssvq-21x"))
+    plan = make_plan(deit_tiny_shapes(), ssvq.load_recipe("ssvq-21x"))
     table = plan.bits()
     # 12 blocks of 442,368 weights and 4 kernels: 1.5 bits each, 1040 bits a codebook.
     assert table.main.weights == 12 * 442368
@@ -320,16 +321,16 @@ def test_deit_tiny_at_21x():
 
 def test_scanned_and_unrolled_models_store_the_same_bits():
     recipe, for_scan = ssvq.load_recipe("ssvq-21x"), ssvq.load_recipe("ssvq-21x-scanned")
-    unrolled = make_plan(param_shapes(create("deit_tiny")), recipe).bits()
-    scanned = make_plan(param_shapes(create("deit_tiny", scan=True)), for_scan).bits()
+    unrolled = make_plan(deit_tiny_shapes(), recipe).bits()
+    scanned = make_plan(deit_tiny_shapes(scan=True), for_scan).bits()
     assert scanned.compressed.bits == unrolled.compressed.bits
     assert len(scanned.rows) < len(unrolled.rows)
 
 
 @pytest.mark.parametrize("name", sorted(ssvq.PRESETS))
 def test_every_preset_binds_to_deit_tiny(name):
-    model = create("deit_tiny", scan=name.endswith("-scanned"))
-    table = make_plan(param_shapes(model), ssvq.load_recipe(name)).bits()
+    shapes = deit_tiny_shapes(name.endswith("-scanned"))
+    table = make_plan(shapes, ssvq.load_recipe(name)).bits()
     assert table.main.weights > 5_000_000
     if "21x" in name:
         assert table.main.compression_ratio == pytest.approx(21, abs=0.4)
@@ -341,7 +342,7 @@ def test_every_preset_binds_to_deit_tiny(name):
 def test_ssvq_presets_store_no_more_than_vq(ratio):
     def bits(method):
         recipe = ssvq.load_recipe(f"{method}-{ratio}")
-        return make_plan(param_shapes(create("deit_tiny")), recipe).bits().main.total_bits
+        return make_plan(deit_tiny_shapes(), recipe).bits().main.total_bits
 
     assert bits("ssvq") == bits("ssvq-fixed") <= bits("vq")
 

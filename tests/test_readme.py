@@ -35,7 +35,14 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert names["plan"].bits().main.compression_ratio > 20
 
 
-@pytest.mark.parametrize("word", ["packed_params", "ssvq_jax.clustering", "hardware.sweep"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "packed_params",
+        pytest.param("ssvq_jax.clustering", marks=pytest.mark.slow),
+        "hardware.sweep",
+    ],
+)
 def test_other_examples_run(word):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(blocks("python", word), {})
@@ -66,6 +73,7 @@ def commands(word):
     return [shlex.split(line)[1:] for line in lines if line.strip()]
 
 
+@pytest.mark.slow
 def test_own_model_and_images_from_the_command_line(tmp_path, monkeypatch, capsys):
     """The commands as they stand there, with fewer steps."""
     monkeypatch.chdir(tmp_path)
@@ -87,8 +95,8 @@ def test_own_model_and_images_from_the_command_line(tmp_path, monkeypatch, capsy
     assert [command[0] for command in of_files] == ["inspect", "eval", "pack", "export", "export"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for command in of_runs + of_files:
-            short = ["--steps", "20"] if command[0] in ("train", "finetune") else []
-            main([*command, *short])
+            short = ["--steps", "20", "--validate-every", "10"]
+            main([*command, *(short if command[0] in ("train", "finetune") else ())])
     for run in ("float", "analysis", "small", "tuned"):
         for name in ("config.json", "metrics.jsonl", "results.json"):
             assert Path("runs", run, name).stat().st_size > 0
@@ -116,6 +124,7 @@ def test_table_is_generated_from_the_results_files(page):
     )
 
 
+@pytest.mark.slow
 def test_the_hardware_page_is_generated_from_its_run():
     script = runpy.run_path(str(ROOT / "experiments" / "hardware_regimes.py"))
     file = ROOT / "experiments" / "results" / "hardware_regimes.json"

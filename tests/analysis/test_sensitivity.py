@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,7 +151,7 @@ def test_the_models_collections_are_used(case):
 def test_the_parameters_given_stay(case):
     before = jax.tree.map(np.asarray, case.params)
     case.rows()
-    jax.tree.map(np.testing.assert_array_equal, before, case.params)
+    chex.assert_trees_all_equal(before, case.params)
 
 
 def test_results_of_another_plan_are_an_error(case):

@@ -1,7 +1,6 @@
 """Moments over batches: as of all data at once, resumed to the same bits, in groups, refused."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -241,7 +240,3 @@ def test_llama_with_and_without_scan():
             one = found[False][path.replace("layers/", f"layers_{i}/")]
             assert one.axes == moments.axes
             np.testing.assert_allclose(moments.matrix[i], one.matrix, rtol=1e-4, atol=1e-5)
-
-
-def test_eight_devices(on_eight_devices):
-    on_eight_devices(Path(__file__).parent / "moments_on_eight_devices.py")

@@ -24,22 +24,13 @@ PROGRAM = "import sys; from ssvq_jax.cli.main import main; main(sys.argv[1:])"
 
 
 @pytest.fixture
-def start(data_dir, tmp_path_factory):
-    """Starts a quickstart in a process of its own; compiled code is kept between them."""
-    cache = tmp_path_factory.mktemp("compiled")
+def start(data_dir):
+    """Starts a quickstart in a process of its own."""
 
     def start(out: Path) -> subprocess.Popen:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        }
         command = [sys.executable, "-c", PROGRAM, *ARGUMENTS, "--data-dir", str(data_dir)]
         with (out.parent / f"{out.name}.log").open("a") as log:
-            return subprocess.Popen(
-                [*command, "--out", str(out)], env=environment, stdout=log, stderr=log
-            )
+            return subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=log)
 
     return start
 

@@ -51,16 +51,6 @@ def users_promotion():
         yield
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory, data_dir):
-    """The folder of a short quickstart."""
-    out = tmp_path_factory.mktemp("quickstart") / "run"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        main(["quickstart", "--out", str(out), "--data-dir", str(data_dir), "--float-steps", "40",
-              "--steps", "10", "--methods", "ssvq-21x-shared"])  # fmt: skip
-    return out
-
-
 @pytest.fixture
 def ssvq(capsys):
     def run(*arguments):
@@ -80,8 +70,8 @@ def fails(*arguments):
 def test_a_quickstart_s_packed_model_is_inspected_and_evaluated(
     quickstart, ssvq, data_dir, tmp_path
 ):
-    file = quickstart / "packed" / "ssvq-21x.safetensors"
-    results = json.loads((quickstart / "results.json").read_text())["methods"]["ssvq-21x"]
+    file = quickstart / "packed" / "ssvq-26x.safetensors"
+    results = json.loads((quickstart / "results.json").read_text())["methods"]["ssvq-26x"]
     assert results["file_bytes"] == file.stat().st_size
     printed = ssvq("inspect", file, "--out", tmp_path / "held.json")
     assert "not damaged" in printed
@@ -99,7 +89,7 @@ def test_a_quickstart_s_packed_model_is_inspected_and_evaluated(
 
 
 def test_an_exported_program_gives_the_logits_without_this_package(quickstart, ssvq, tmp_path):
-    file = quickstart / "packed" / "ssvq-21x.safetensors"
+    file = quickstart / "packed" / "ssvq-26x.safetensors"
     images = jax.random.normal(jax.random.key(3), (5, 28, 28, 1))
     np.save(tmp_path / "images.npy", images)
     ssvq("export", file, "--to", "stablehlo", "--out", tmp_path / "model.hlo")
@@ -117,7 +107,7 @@ def test_an_exported_program_gives_the_logits_without_this_package(quickstart, s
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])
 def test_plain_weights_have_the_names_of_the_model(quickstart, ssvq, tmp_path, kind):
-    file, out = quickstart / "packed" / "ssvq-21x.safetensors", tmp_path / f"plain.{kind}"
+    file, out = quickstart / "packed" / "ssvq-26x.safetensors", tmp_path / f"plain.{kind}"
     ssvq("export", file, "--to", kind, "--out", out)
     found = load_file(out) if kind == "safetensors" else np.load(out)
     with load(file) as packed:
@@ -130,7 +120,7 @@ def test_plain_weights_have_the_names_of_the_model(quickstart, ssvq, tmp_path, k
 def test_the_float_model_is_compressed_and_packed_again(quickstart, ssvq, data_dir, tmp_path):
     weights = quickstart / "packed" / "float.safetensors"
     out, smaller = tmp_path / "small", tmp_path / "smaller.safetensors"
-    ssvq("compress", "--weights", weights, "--recipe", "ssvq-21x-shared", "--data-dir", data_dir,
+    ssvq("compress", "--weights", weights, "--recipe", "ssvq-26x-shared", "--data-dir", data_dir,
          "--out", out)  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     packed = out / "model.safetensors"
@@ -192,7 +182,7 @@ def test_tensors_of_any_file_keep_their_names(tensors, ssvq, tmp_path):
 
 
 def test_what_is_refused(tensors, quickstart, tmp_path):
-    plain, packed = tmp_path / "model.safetensors", quickstart / "packed" / "ssvq-21x.safetensors"
+    plain, packed = tmp_path / "model.safetensors", quickstart / "packed" / "ssvq-26x.safetensors"
     recipe = tmp_path / "recipe.json"
     out = tmp_path / "out"
     compress = "compress", "--weights", plain, "--recipe", recipe, "--out", out

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -54,7 +54,6 @@ def test_weighted_and_masked_equal_brute_force(weighted, masked):
 GRID = st.integers(-4, 4).map(float)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     points=hnp.arrays(np.float32, (20, 2), elements=GRID),
     centroids=hnp.arrays(np.float32, (9, 2), elements=GRID),

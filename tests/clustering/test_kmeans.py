@@ -205,7 +205,6 @@ def test_importance_of_elements_against_its_own_definition():
 GRID = st.integers(-3, 3).map(float)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     points=hnp.arrays(np.float32, (16, 2), elements=GRID),
     start=hnp.arrays(np.float32, (5, 2), elements=GRID),
@@ -230,7 +229,7 @@ def test_objective_never_rises(points, start, weights):
     )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=SEEDS)
 def test_weight_two_is_a_duplicate(seed):
     points = normal(seed, 24, 3)
@@ -247,7 +246,7 @@ def test_weight_two_is_a_duplicate(seed):
     np.testing.assert_allclose(weighted.imbalance, repeated.imbalance, rtol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=SEEDS)
 def test_full_mask_and_unit_weights_are_no_mask_and_weights(seed):
     points, start = normal(seed, 40, 3), normal(seed + 1, 4, 3)
@@ -263,7 +262,7 @@ def test_full_mask_and_unit_weights_are_no_mask_and_weights(seed):
         np.testing.assert_allclose(plain.objective, other.objective, rtol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=SEEDS)
 def test_permuted_points_get_permuted_codes(seed):
     points, start = normal(seed, 40, 3), normal(seed + 1, 4, 3)

@@ -71,6 +71,7 @@ def test_sample_without_mass_is_in_range():
     assert sample(jnp.full((1, 2), 0.7), jnp.zeros(5)).tolist() == [0]
 
 
+@pytest.mark.slow
 def test_sample_of_millions_is_uniform():
     count = 5_000_000
     mass = jnp.full(count, 0.1)

@@ -100,6 +100,7 @@ def records(folder):
     return [{**json.loads(line), "steps_per_second": None} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_notebook_runs_and_goes_on_after_a_stop(tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))

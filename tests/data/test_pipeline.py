@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ def take_mixed(batches: data.BatchIterator[data.Batch], count: int) -> list[dict
 
 def assert_same(first: list[data.Batch], second: list[data.Batch]) -> None:
     for one, other in zip(first, second, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        chex.assert_trees_all_equal(one, other)
 
 
 def test_shapes_dtypes_and_values(digits: data.ArraySplit):
@@ -262,15 +263,12 @@ def test_eval_passes_once_in_order(numbered: data.ArraySplit, batch_size: int, m
 
 
 def test_eval_batches_share_one_trace(numbered: data.ArraySplit):
-    traces = []
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def count(batch: data.EvalBatch) -> jax.Array:
-        traces.append(1)
         return jnp.sum(batch["label"] > 4, where=batch["mask"])
 
     assert sum(int(count(batch)) for batch in data.eval_batches(numbered, 3)) == 5
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(

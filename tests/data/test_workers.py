@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -24,7 +24,7 @@ def make(digits: data.ArraySplit, **changes: int) -> data.BatchIterator[data.Bat
 
 def assert_same(first: list[data.Batch], second: list[data.Batch]) -> None:
     for one, other in zip(first, second, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        chex.assert_trees_all_equal(one, other)
 
 
 def assert_workers_end() -> None:
@@ -41,7 +41,9 @@ def expected(digits: data.ArraySplit) -> list[data.Batch]:
     return [next(batches) for _ in range(45)]  # reaches into the second epoch
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(1, 2), (3, 0)])
+@pytest.mark.parametrize(
+    ("workers", "threads"), [(1, 2), pytest.param(3, 0, marks=pytest.mark.slow)]
+)
 def test_same_batches_and_state(
     digits: data.ArraySplit, expected: list[data.Batch], workers: int, threads: int
 ):

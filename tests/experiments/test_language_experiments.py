@@ -20,7 +20,8 @@ def as_users_run():
         yield
 
 
-@pytest.mark.parametrize("other", ["vq", pytest.param("gptq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["vq", "gptq"])
 def test_a_quick_curve(other, tmp_path):
     out = tmp_path / "rows.json"
     config = language_curve.Config(quick=True, methods=("rtn", other), bits=(4.0,), out=out)

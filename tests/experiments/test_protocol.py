@@ -117,7 +117,7 @@ def test_every_experiment_has_its_units(experiment, quick):
         assert json.loads(json.dumps([unit.settings for unit in found]))
 
 
-@pytest.mark.parametrize("method", ["uniform", "ssvq-freeze"])
+@pytest.mark.parametrize("method", [pytest.param("uniform", marks=pytest.mark.slow), "ssvq-freeze"])
 def test_a_run_gives_every_figure(method, data_dir):
     network = dataclasses.replace(NETWORKS["deit_digits"], steps=2)
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reading import deit_tiny, deit_tiny_shapes
 from small_networks import FORMATS, SHAPES, chain
@@ -32,6 +32,9 @@ def test_a_scanned_network_costs_what_its_layers_do(name, overlap):
     for name, x, y in zip(hardware.NetworkCost._fields, network(True), network(False), strict=True):
         assert float(x) == pytest.approx(float(y), rel=1e-9), name
 
+
+# Checked annotations would take half of the time of so many costs.
+pytestmark = pytest.mark.usefixtures("as_installed")
 
 PLAIN = st.sampled_from(["ws", "is", "os", "ews"])
 CHOICES = st.fixed_dictionaries(
@@ -63,7 +66,6 @@ def any_array(choices):
     return dataclasses.replace(a, overlapped_load=a.dataflow != "os" and a.rows % 2 == 0)
 
 
-@settings(deadline=None, max_examples=40)
 @given(choices=CHOICES, faster=st.floats(1.01, 100))
 def test_monotone_and_additive(choices, faster):
     a = any_array(choices)
@@ -82,7 +84,6 @@ def test_monotone_and_additive(choices, faster):
     assert found.network.latency_cycles <= sum(parts) * (1 + 1e-12)
 
 
-@settings(deadline=None, max_examples=40)
 @given(choices=CHOICES, m=st.integers(1, 40))
 def test_what_waits_more_takes_longer(choices, m):
     a = any_array(choices)
@@ -102,7 +103,6 @@ def test_what_waits_more_takes_longer(choices, m):
     assert cycles() <= slack * twice
 
 
-@settings(deadline=None, max_examples=30)
 @given(choices=CHOICES)
 def test_speed_up_is_bound_by_the_bits(choices):
     a = any_array(choices | {"weights": "streamed"})
@@ -113,7 +113,6 @@ def test_speed_up_is_bound_by_the_bits(choices):
         assert base.latency_s / found.latency_s <= bits * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=30)
 @given(choices=CHOICES)
 def test_nine_bits_cost_at_least_eight(choices):
     plan = make_plan(SHAPES, [(".*", SignSplit(codewords=256, dim=1))])
@@ -123,7 +122,6 @@ def test_nine_bits_cost_at_least_eight(choices):
     assert found.network.energy_j >= base.network.energy_j * (1 - 1e-12)
 
 
-@settings(deadline=None, max_examples=20)
 @given(choices=CHOICES)
 def test_equal_layers_are_merged_at_no_cost(choices):
     a = any_array(choices)

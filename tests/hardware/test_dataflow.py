@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssvq_jax.hardware import Accelerator, gemm_cost, presets
@@ -68,7 +68,6 @@ def test_by_hand():
     assert gemm_cost(3, 4, 5, wide).cycles == 2 * (8 + 12 + 2)
 
 
-@settings(deadline=None, max_examples=50)
 @given(m=sizes, k=sizes, n=sizes, accelerator=arrays)
 def test_properties(m, k, n, accelerator):
     cost = gemm_cost(m, k, n, accelerator)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from reading import WEIGHT, array, feeding, matmul, sizes
@@ -180,7 +180,6 @@ def test_bad_input():
         read_workload(matmul, {"w": array(2**20, 2**20)}, array(2**20, 2**20))
 
 
-@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_dot_general(data):
     batch, contracted, lhs, rhs = (

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -41,13 +42,20 @@ def activations(*shape):
     return jax.random.normal(jax.random.key(7), shape)
 
 
-def check_same(function, packed, *args, rtol=0.0, **kwargs):
+# Undoes the suite's flags: the bits of two programs are compared as users have them.
+AS_USERS = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
+def check_same(function, packed, *args, rtol=0.0, compiler_options=None, **kwargs):
     """Compares with decoding first; the outputs are to have the same bits, unless rtol is given."""
-    expected = jax.jit(lambda p, args: function(p, *args, **kwargs))(decode_params(packed), args)
-    served = jax.jit(lambda p, args: serve(function)(p, *args, **kwargs))(packed, args)
-    assert jax.tree.structure(served) == jax.tree.structure(expected)
-    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=0.1 * rtol)
-    jax.tree.map(close, served, expected)
+    jit = functools.partial(jax.jit, compiler_options=compiler_options)
+    expected = jit(lambda p, args: function(p, *args, **kwargs))(decode_params(packed), args)
+    served = jit(lambda p, args: serve(function)(p, *args, **kwargs))(packed, args)
+    chex.assert_trees_all_close(served, expected, rtol=rtol, atol=0.1 * rtol)
     return packed
 
 
@@ -108,10 +116,12 @@ def packed_vit(scan):
     return model, packed, images
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_linen_blocks_in_a_row_and_scanned(scan):
     model, packed, images = packed_vit(scan)
-    check_same(lambda p, x: model.apply({"params": p}, x), packed, images)
+    check_same(
+        lambda p, x: model.apply({"params": p}, x), packed, images, compiler_options=AS_USERS
+    )
 
 
 class NnxBlock(nnx.Module):
@@ -263,7 +273,7 @@ def test_the_dependency_changes_no_bit(value):
     x = jnp.full((2, 16), value)
     function = lambda params, x: (x @ params["kernel"], params["kernel"] + 0 * jnp.isnan(x[:1].T))  # noqa: E731
     served = jax.jit(serve(function))(packed, x)
-    jax.tree.map(np.testing.assert_array_equal, served, function(decode_params(packed), x))
+    chex.assert_trees_all_equal(served, function(decode_params(packed), x))
 
 
 def test_under_vmap_a_weight_is_decoded_once():

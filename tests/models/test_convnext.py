@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_transformers(height, width, scan):
 TINY = ConvNeXtConfig(image_size=32, widths=(8, 12), depths=(1, 2), classes=7)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recomputed_blocks_give_the_same_gradients(scan):
     images = images_for(2, 32, 32)
     variables = jax.jit(ConvNeXt(TINY, scan=scan).init)(jax.random.key(0), images)
@@ -59,7 +60,7 @@ def test_recomputed_blocks_give_the_same_gradients(scan):
         gradients(ConvNeXt(TINY, scan=scan, remat=remat), variables, images)
         for remat in (False, True)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, again)
+    chex.assert_trees_all_close(kept, again, atol=1e-5)
 
 
 def test_bfloat16_activations():

@@ -27,7 +27,11 @@ def transformers_reference(config):
 
 @pytest.mark.parametrize(
     ("output_stride", "size", "train"),
-    [(16, (64, 64), False), (16, (65, 49), True), (8, (65, 49), False)],
+    [
+        pytest.param(16, (64, 64), False, marks=pytest.mark.slow),
+        (16, (65, 49), True),
+        pytest.param(8, (65, 49), False, marks=pytest.mark.slow),
+    ],
 )
 def test_v3_equals_transformers(output_stride, size, train):
     config = DeepLabConfig(width=0.35, classes=5, output_stride=output_stride)
@@ -86,6 +90,7 @@ def test_resize_equals_pytorch(align_corners, old, new):
     assert parity.error(resize_bilinear(jnp.asarray(x), *new, align_corners), expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

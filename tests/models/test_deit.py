@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -79,16 +80,16 @@ def test_names_in_files(tmp_path):
     shapes = shapes_of(ViT(DISTILLED), IMAGES)
     from_file = import_deit(tensors, shapes, source="model.safetensors")
     in_memory = import_deit(tensors_of(theirs), shapes, source="random")
-    assert jax.tree.all(jax.tree.map(np.array_equal, from_file, in_memory))
+    chex.assert_trees_all_equal(from_file, in_memory)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recomputed_blocks_give_the_same_gradients(scan):
     variables = jax.jit(ViT(SMALL, scan=scan).init)(jax.random.key(0), IMAGES)
     kept, again = (
         gradients(ViT(SMALL, scan=scan, remat=remat), variables, IMAGES) for remat in (False, True)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, again)
+    chex.assert_trees_all_close(kept, again, atol=1e-5)
 
 
 def test_bfloat16_activations():

@@ -39,6 +39,7 @@ def test_equals_timm(name, sizes, train):
                 assert parity.error(features[f"stage_{i}"][0], x) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

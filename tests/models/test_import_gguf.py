@@ -2,6 +2,7 @@
 
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +98,7 @@ def test_round_trip(kind, tied, scan, note, tmp_path):
     assert config.norm_epsilon == np.float32(1e-5)
     shapes = llama_shapes(config, scan=scan)
     wanted = import_llama(hub, shapes, config, source="the tensors before they were written")
-    jax.tree.map(np.testing.assert_array_equal, variables, wanted)
+    chex.assert_trees_all_equal(variables, wanted)
     logits = Llama(config, scan=scan).apply(variables, jnp.array([[1, 2, 3]]))
     assert np.isfinite(logits).all()
     assert sum(part.weights for part in stored) == sum(x.size for x in jax.tree.leaves(shapes))

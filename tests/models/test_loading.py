@@ -1,5 +1,6 @@
 import sys
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,10 +105,6 @@ TREE = {"params": {"head": {"bias": np.arange(3.0, dtype=np.float32),
                             "kernel": np.ones((2, 3), np.float32)}}}  # fmt: skip
 
 
-def equal(found):
-    return jax.tree.all(jax.tree.map(lambda a, b: bool(np.all(a == b)), found, TREE))
-
-
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_weights_come_from_orbax_and_flax_files(tmp_path):
     (tmp_path / "flax.msgpack").write_bytes(serialization.to_bytes(TREE))
@@ -118,7 +115,7 @@ def test_weights_come_from_orbax_and_flax_files(tmp_path):
     for name in ("flax.msgpack", "bare.msgpack", "v1", "v0"):
         found = load_weights(tmp_path / name)
         assert set(found) == {"params"}
-        assert equal(fit_weights(MODEL, found, MODEL.shapes((4, 4, 2)), name))
+        chex.assert_trees_all_equal(fit_weights(MODEL, found, MODEL.shapes((4, 4, 2)), name), TREE)
 
 
 def test_weights_that_cannot_be_read(tmp_path):

@@ -30,12 +30,12 @@ def transformers_reference(config):
 @pytest.mark.parametrize(
     ("numerics", "output_stride", "size", "train"),
     [
-        (TENSORFLOW, 32, (64, 64), False),
-        (TENSORFLOW, 32, (65, 47), False),
-        (TENSORFLOW, 32, (97, 96), True),
-        (PYTORCH, 32, (65, 47), False),
-        (PYTORCH, 8, (49, 64), False),
-        (TENSORFLOW, 16, (33, 33), False),
+        pytest.param(TENSORFLOW, 32, (64, 64), False, marks=pytest.mark.slow),
+        (TENSORFLOW, 32, (65, 47), True),
+        pytest.param(TENSORFLOW, 32, (97, 96), True, marks=pytest.mark.slow),
+        pytest.param(PYTORCH, 32, (65, 47), False, marks=pytest.mark.slow),
+        (PYTORCH, 8, (33, 64), False),
+        pytest.param(TENSORFLOW, 16, (33, 33), False, marks=pytest.mark.slow),
     ],
 )
 def test_equals_transformers(numerics, output_stride, size, train):
@@ -79,6 +79,7 @@ def test_equals_torchvision(width):
         assert parity.error(logits, parity.run_torch(theirs, images)) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

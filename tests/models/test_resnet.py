@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_running_statistics():
 TINY = ResNetConfig(image_size=32, width=8, depths=(1, 1), classes=7)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recomputed_blocks_give_the_same_gradients(train):
     images = images_for(2, 32, 32)
     variables = jax.jit(ResNet(TINY).init)(jax.random.key(0), images)
@@ -87,7 +88,7 @@ def test_recomputed_blocks_give_the_same_gradients(train):
         gradients(ResNet(TINY, remat=remat), variables, images, train=train)
         for remat in (False, True)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, again)
+    chex.assert_trees_all_close(kept, again, atol=1e-5)
 
 
 def test_bfloat16_activations():

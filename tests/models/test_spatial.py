@@ -1,7 +1,5 @@
 """Convolution and pooling against XLA's own, with their derivatives."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -150,10 +148,6 @@ def test_max_pool_keeps_what_is_no_number():
     images = jnp.ones((1, 4, 4, 1)).at[0, 1, 2, 0].set(jnp.nan)
     expected = [[False, True], [False, False]]
     np.testing.assert_array_equal(jnp.isnan(max_pool(images, 2, 2, 0)[0, :, :, 0]), expected)
-
-
-def test_eight_devices(on_eight_devices):
-    on_eight_devices(Path(__file__).parent / "spatial_on_eight_devices.py")
 
 
 # What is neither of the two is XLA's own, and refused in its words

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_names_in_files(tmp_path):
     shapes = shapes_of(Swin(SMALL), IMAGES)
     from_file = import_swin(tensors, shapes, SMALL, source="model.safetensors")
     in_memory = import_swin(tensors_of(theirs), shapes, SMALL, source="random")
-    assert jax.tree.all(jax.tree.map(np.array_equal, from_file, in_memory))
+    chex.assert_trees_all_equal(from_file, in_memory)
 
 
 def test_what_was_rolled_round_is_not_seen():
@@ -82,7 +83,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     images = images_for(2, 24, 24)
     variables = jax.jit(Swin(TINY).init)(jax.random.key(0), images)
     kept, again = (gradients(Swin(TINY, remat=remat), variables, images) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, again)
+    chex.assert_trees_all_close(kept, again, atol=1e-5)
 
 
 def test_bfloat16_activations():

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ distributions = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(frequencies=distributions, count=st.sampled_from([1, 2, 7, 1000]), seed=st.integers(0, 99))
 def test_round_trip(frequencies, count, seed):
     share = np.array(frequencies) / sum(frequencies)
@@ -60,7 +61,7 @@ def test_round_trip(frequencies, count, seed):
     assert np.array_equal(decode(coded, len(share), count), numbers)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(frequencies=distributions, count=st.integers(1, 4000), seed=st.integers(0, 99))
 def test_coded_is_smaller_or_nothing(frequencies, count, seed):
     values = len(frequencies)
@@ -124,7 +125,7 @@ def test_a_file_codes_the_leaves_that_gain(tmp_path):
             decoded = file.decode()
             assert 8 * sizes[codec] == file.bits().model.total_bits
             rows = {row.name: row.bits for row in file.bits().rows}
-        assert jax.tree.all(jax.tree.map(np.array_equal, decoded, packed.decode()))
+        chex.assert_trees_all_equal(decoded, packed.decode())
         if codec == "plain":
             assert coded == {"rare": {}, "even": {}}
         else:

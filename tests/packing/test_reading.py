@@ -2,7 +2,6 @@
 
 import os
 import threading
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +31,6 @@ def test_a_leaf_reads_its_own_bytes_alone(file, monkeypatch):
 def test_a_leaf_that_is_not_there_is_named(file):
     with load(file) as opened, pytest.raises(ValueError, match=r"no leaf 'x'; it has blocks/0/"):
         opened.leaf("x")
-
-
-def test_sharding(on_eight_devices):
-    on_eight_devices(Path(__file__).with_name("file_on_eight_devices.py"))
 
 
 def test_threads_read_one_open_file(packed, file):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +125,7 @@ def test_without_critical_channels_it_is_vq(share, channel_scale):
     quantizer = ChannelRelaxed(**dataclasses.asdict(plain), critical=share)
     ours = quantizer.init(KEY, weight, SPEC, Calibration(inputs=moments))
     theirs = plain.init(KEY, weight, SPEC)
-    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+    chex.assert_trees_all_equal(ours, theirs)
     assert quantizer.storage(SPEC) == plain.storage(SPEC)
     assert np.array_equal(quantizer.decode(*ours, SPEC), plain.decode(*theirs, SPEC))
 
@@ -333,12 +334,12 @@ def test_with_split_signs_and_no_critical_channels_it_is_ssvq():
     quantizer = ChannelRelaxedSignSplit(**dataclasses.asdict(plain), critical=0.0)
     ours = quantizer.init(KEY, weight, SPEC, Calibration(inputs=moments))
     theirs = plain.init(KEY, weight, SPEC)
-    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+    chex.assert_trees_all_equal(ours, theirs)
     assert quantizer.storage(SPEC) == plain.storage(SPEC)
     assert np.array_equal(quantizer.decode(*ours, SPEC), plain.decode(*theirs, SPEC))
 
 
-@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("pad", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_critical_channels_improve_what_ssvq_gives(pad):
     weight, moments = outlier_problem()
     given = SignSplit(4, 5 if pad else 4, axis=0, pad=pad, channel_scale=True, iterations=10)

@@ -1,5 +1,6 @@
 """PVQ of weights and activations: bits, levels, rotation, blocks, indices that do not exist."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +89,7 @@ def test_what_was_decoded_is_encoded_to_the_same_codes():
     learned, fixed = quantizer.init(KEY, jax.random.normal(KEY, SPEC.shape), SPEC)
     decoded = quantizer.decode(learned, fixed, SPEC)
     again = quantizer.slice_requantize(decoded, learned, SPEC, None)
-    assert jax.tree.all(jax.tree.map(np.array_equal, again.fixed, fixed))
+    chex.assert_trees_all_equal(again.fixed, fixed)
     assert np.array_equal(again.learned["scale"], learned["scale"])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,16 +134,8 @@ def test_a_run_is_judged_and_packed_by_its_average(setup):
         latent[frozen] = new[0]["vq"]["fc1/kernel"]["sign_latent"][frozen]
     assert float(scalars["frozen"]) > 0
     expected = plan.finalize({**mean[0], **state.fixed}).decode()
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        done.packed.decode(),
-        expected,
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        done.state.model_state,
-        mean[1],
-    )
+    chex.assert_trees_all_close(done.packed.decode(), expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(done.state.model_state, mean[1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_was_cut_ends_like_one_that_was_not(setup, tmp_path):
@@ -159,7 +152,7 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(setup, tmp_path):
     resumed = tuned(setup, tmp_path / "cut")
     again = tuned(setup, tmp_path / "cut")  # read back
     for other in (resumed, again):
-        jax.tree.map(np.testing.assert_array_equal, other.packed.decode(), whole.packed.decode())
+        chex.assert_trees_all_equal(other.packed.decode(), whole.packed.decode())
         assert other.after == whole.after
 
 

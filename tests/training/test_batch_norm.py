@@ -1,3 +1,4 @@
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -107,14 +108,14 @@ def test_the_old_statistics_do_not_matter():
     for value in (-1e6, 0.0, np.inf, np.nan):
         other = jax.tree.map(lambda s, v=value: jnp.full_like(s, v), state)
         again = reestimate_batch_norm(forward, params, other, data(), 6, KEY)
-        jax.tree.map(np.testing.assert_array_equal, found, again)
+        chex.assert_trees_all_equal(found, again)
 
 
 def test_a_layer_in_evaluation_mode_keeps_its_statistics_and_is_computed_with_them():
     params, state = setup(Norms(momenta=(None, 0.99)), stale=2.7)
     forward = linen_forward(Norms(momenta=(None, 0.99)))
     found = reestimate_batch_norm(forward, params, state, data(), 3, KEY)["batch_stats"]
-    jax.tree.map(np.testing.assert_array_equal, found["norm0"], state["batch_stats"]["norm0"])
+    chex.assert_trees_all_equal(found["norm0"], state["batch_stats"]["norm0"])
     bare = linen_forward(Norms(momenta=(None, 0.0)))
     each = [
         bare(params, state, jnp.asarray(batch["image"]), KEY)[1]["batch_stats"]
@@ -129,7 +130,7 @@ def test_momentum_one_keeps_the_statistics():
     found = reestimate_batch_norm(
         linen_forward(Norms(momenta=(1.0, 1.0))), params, state, data(size=3), 3, KEY
     )
-    jax.tree.map(np.testing.assert_array_equal, found, state)
+    chex.assert_trees_all_equal(found, state)
 
 
 def test_dtypes_and_whole_numbers_stay():
@@ -155,21 +156,12 @@ def test_dtypes_and_whole_numbers_stay():
 
 
 def test_only_as_many_batches_as_asked_are_taken_and_only_one_trace_made():
-    traces = 0
-    inner = linen_forward(Norms())
-
-    def forward(*args):
-        nonlocal traces
-        traces += 1
-        return inner(*args)
-
+    forward = chex.assert_max_traces(linen_forward(Norms()), 2)  # of its shapes, of the program
     params, state = setup(Norms())
     batches = iter(data())
     first = reestimate_batch_norm(forward, params, state, batches, 1, KEY)
-    after_one = traces
     assert len(list(batches)) == 5
     more = reestimate_batch_norm(forward, params, state, data(), 6, KEY)
-    assert traces == after_one
     assert np.any(first["batch_stats"]["norm0"]["mean"] != more["batch_stats"]["norm0"]["mean"])
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import ssvq_jax as ssvq
 from ssvq_jax.data import ArraySplit, Shift, eval_batches, train_batches
@@ -26,25 +25,6 @@ def users_promotion():
     """Flax and optax mix dtypes."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run traces its own functions; what is compiled of equal ones is kept for the next."""
-    kept = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in kept}
-    configure(kept)
-    yield
-    configure(before)
-
-
-def configure(settings):
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def dense_plan(tree):
@@ -305,7 +285,11 @@ def timeless(records):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulate": 2, "moment_dtype": "bfloat16"}], ids=["plain", "accumulated"]
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="plain"),
+        pytest.param({"accumulate": 2, "moment_dtype": "bfloat16"}, id="accumulated"),
+    ],
 )
 def test_a_run_that_was_cut_ends_like_one_that_was_not(tmp_path, options):
     optimizer = OptimizerConfig(**{**vars(OPTIMIZER), **options})
@@ -345,6 +329,15 @@ def test_a_run_with_another_recipe_or_optimizer_is_not_continued(tmp_path):
     assert run(tmp_path).records[-1]["step"] == 30
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -354,10 +347,9 @@ def test_a_run_with_another_recipe_or_optimizer_is_not_continued(tmp_path):
         ({"scale": 2.0}, "weights: '"),
     ],
 )
-def test_a_finished_run_is_not_taken_for_another(tmp_path, change, message):
-    run(tmp_path)
+def test_a_finished_run_is_not_taken_for_another(finished, change, message):
     with pytest.raises(ValueError, match=f"is of another run .*{message}"):
-        run(tmp_path, **change)
+        run(finished, **change)
 
 
 def test_reading_leaves_alone_what_is_being_written(tmp_path):

@@ -1,14 +1,8 @@
-"""Layouts; the checks on eight devices are in eight_devices.py."""
-
-import pathlib
+"""Bad device counts; the layouts themselves are tested in tests/eight_devices."""
 
 import pytest
 
 from ssvq_jax.training.layout import local_layout
-
-
-def test_eight_devices(on_eight_devices):
-    on_eight_devices(pathlib.Path(__file__).with_name("eight_devices.py"))
 
 
 @pytest.mark.usefixtures("as_installed")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -236,11 +237,7 @@ def test_a_step_follows_the_gradient_of_the_whole_objective(devices):
     step = make_train_step(plan, layout=layout, objective=aim, teacher=teacher)
     state, scalars = step(state, batch)
     np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        state.params["params"],
-        moved,
-    )
+    chex.assert_trees_all_close(state.params["params"], moved, rtol=1e-4, atol=1e-6)
     assert set(state.model_state) == {"batch_stats"}  # features are not kept
     state, _ = step(state, batch)  # neither state nor teacher were lost
     np.testing.assert_array_equal(teacher.params["head"]["bias"], theirs["params"]["head"]["bias"])
@@ -281,7 +278,7 @@ def test_distillation_alone_needs_no_labels():
             batch = batch_of(16, seed)
             state, scalars = step(state, {**batch, "label": (batch["label"] + shift) % 4})
         found.append((state.params, float(scalars["teacher_loss"])))
-    jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
+    chex.assert_trees_all_equal(found[0][0], found[1][0])
     plan, state = begin(forward, variables_of())
     first = make_train_step(plan, objective=Objective(distill=1.0), teacher=teacher)(
         state, batch_of(16)
@@ -316,7 +313,7 @@ def test_features_have_the_paths_of_modules():
 def test_features_are_those_of_blocks_that_are_computed_again():
     config = ViTConfig(image_size=8, channels=1, patch_size=4, width=8, depth=2, heads=2, classes=4)
     model, images = ViT(config), drawn(2, 8, 8, 1)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     pattern = r"blocks_\d+"
     again = linen_forward(model, remat=Block, features=pattern)
     kept = linen_forward(model, features=pattern)
@@ -326,11 +323,9 @@ def test_features_are_those_of_blocks_that_are_computed_again():
         assert set(features) == {"blocks_0", "blocks_1"}
         return sum(jnp.sum(x**2) for x in features.values())
 
-    expected = jax.grad(lambda p: loss(kept, p, None))(params)
-    found = jax.grad(lambda p: loss(again, p, jax.random.key(1)))(params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
-    )
+    expected = jax.jit(jax.grad(lambda p: loss(kept, p, None)))(params)
+    found = jax.jit(jax.grad(lambda p: loss(again, p, jax.random.key(1))))(params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pattern_that_is_no_regular_expression():

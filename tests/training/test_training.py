@@ -1,6 +1,7 @@
 import json
 import signal
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -112,26 +113,18 @@ def test_the_step_equals_one_written_by_hand():
     by_hand = jax.tree.map(lambda p, u: p + u, learned, updates)
     state, metrics = make_train_step(plan)(state, examples())
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, by_hand)
+    chex.assert_trees_all_close(state.params, by_hand, atol=1e-6)
 
 
 def test_one_trace_for_a_whole_run_with_freezing():
-    traces = 0
-    forward = linen_forward(Net())
-
-    def counted(*args):
-        nonlocal traces
-        traces += 1
-        return forward(*args)
-
+    forward = chex.assert_max_traces(linen_forward(Net()), 1)
     params = init()["params"]
     plan = ssvq.make_plan(params, RULES)
     state = make_state(
-        counted, plan.init(jax.random.key(0), params), make_optimizer(plan, 40, FAST),
+        forward, plan.init(jax.random.key(0), params), make_optimizer(plan, 40, FAST),
         jax.random.key(2),
     )  # fmt: skip
     _, records = fit(state, make_train_step(plan), endless(), 40, name="run")
-    assert traces == 1
     assert records[-1]["frozen"] > 0
 
 

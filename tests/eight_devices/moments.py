@@ -1,4 +1,4 @@
-"""Run by test_moments.py in a process of its own, which has eight devices."""
+"""Moments of inputs from batches that are cut over eight devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Run by test_spatial.py in a process of its own, which has eight devices."""
+"""Convolution and pooling of batches that are cut over eight devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Serving and products on a mesh; test_serving_sharding.py runs it with eight devices."""
+"""Serving and products on a mesh of eight devices."""
 
 import jax
 import jax.numpy as jnp

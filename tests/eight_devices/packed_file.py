@@ -1,4 +1,4 @@
-"""Packed files decoded onto eight devices; run by test_reading.py in a process that has them."""
+"""Packed files decoded onto eight devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""k-means over eight devices against one; run by test_sharding.py in a process that has them."""
+"""k-means over eight devices against one."""
 
 from typing import Any
 
