@@ -62,7 +62,7 @@ def _few_memory_maps() -> Iterator[None]:  # pyright: ignore[reportUnusedFunctio
 
 @pytest.fixture(autouse=True)
 def _own_traces() -> None:  # pyright: ignore[reportUnusedFunction]
-    """Lets `chex.assert_max_traces` count from zero; it takes functions of one source for one."""
+    """Resets `chex.assert_max_traces`, which counts functions of the same source together."""
     chex.clear_trace_counter()
 
 

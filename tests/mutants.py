@@ -1,7 +1,7 @@
 """Breaks the package in known ways, one at a time, and checks that the daily suite notices.
 
     python tests/mutants.py             # all: about half an hour on two cores
-    python tests/mutants.py freezing    # those of files whose path holds the word
+    python tests/mutants.py freezing    # only in files whose path has this word
 
 Each mutant replaces one piece of text in a copy of the working tree. The tests of its room run
 first, and the whole daily suite where these pass. A mutant that the suite does not notice survives:

@@ -163,7 +163,10 @@ def test_the_kernel_in_half_precision(dtype, leaf_dtype):
     assert_close(interpreted(x, leaf), x, leaf)
 
 
-@pytest.mark.parametrize(("width", "dim"), [(2, 8), (3, 4), (5, 2), (8, 4)])
+OTHERS = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 16), (6, 8))]
+
+
+@pytest.mark.parametrize(("width", "dim"), [(2, 8), (3, 4), (5, 2), (8, 4), *OTHERS])
 def test_the_kernel_decodes_every_bit(width, dim):
     # A row of the identity takes a row of W: no sum, so no rounding.
     leaf = packed(SignSplit(2**width, dim), (3, (2**width + 1) * dim))
@@ -173,8 +176,15 @@ def test_the_kernel_decodes_every_bit(width, dim):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_for_gpus_is_the_reference(case):
+    check_kernel_for_gpus(case, "float32")
+
+
+def test_the_kernel_for_gpus_in_half_precision():
+    check_kernel_for_gpus("6 bits, scaled", "bfloat16")
+
+
+def check_kernel_for_gpus(case, dtype):
     quantizer, shape, _ = KERNEL[case]
-    dtype = "bfloat16" if case == "6 bits, scaled" else "float32"
     leaf, x = packed(quantizer, shape, dtype), activations(70, shape[0], dtype=dtype)
     product = jax.jit(functools.partial(gpu_matmul, interpret=True))(x, leaf)
     assert_close(product.astype(dtype), x, leaf)

@@ -34,7 +34,9 @@ def transformers_reference(config):
         (TENSORFLOW, 32, (65, 47), True),
         pytest.param(TENSORFLOW, 32, (97, 96), True, marks=pytest.mark.slow),
         pytest.param(PYTORCH, 32, (65, 47), False, marks=pytest.mark.slow),
+        pytest.param(TENSORFLOW, 32, (65, 47), False, marks=pytest.mark.slow),
         (PYTORCH, 8, (33, 64), False),
+        pytest.param(PYTORCH, 8, (49, 64), False, marks=pytest.mark.slow),
         pytest.param(TENSORFLOW, 16, (33, 33), False, marks=pytest.mark.slow),
     ],
 )
