@@ -76,12 +76,11 @@ def test_mini_batches_come_near_and_say_what_they_are():
 
 
 def test_a_mini_batch_moves_by_the_share_of_what_it_brings():
-    # Every batch is the only two points: means of 0 and 4 over ever more members stay at 2.
-    points = jnp.array([[0.0], [4.0]])
-    result = kmeans(KEY, points, 1, iterations=3, batch=2, init=jnp.array([[2.0]]))
+    points = jnp.array([[0.0], [4.0], [7.0]])
+    result = kmeans(KEY, points, 1, iterations=5, batch=2, init=jnp.array([[2.0]]))
     rows = [
-        jax.random.randint(jax.random.fold_in(KEY, i), (2,), 0, jnp.int32(2), jnp.int32)
-        for i in range(3)
+        jax.random.randint(jax.random.fold_in(KEY, i), (2,), 0, jnp.int32(3), jnp.int32)
+        for i in range(5)
     ]
     centroid, members = 2.0, 0
     for row in rows:
