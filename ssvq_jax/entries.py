@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ssvq_jax.blocks import BlockLayout
+from ssvq_jax.problems import raise_together
 from ssvq_jax.quantizers import Calibration, Quantizer, Storage
-from ssvq_jax.quantizers.base import Fields
+from ssvq_jax.quantizers.base import Fields, in_range
+from ssvq_jax.quantizers.calibration import unseen_slices
 from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.quantizers.streams import decode_streams
 from ssvq_jax.recipe import Recipe, Rule
@@ -111,7 +114,7 @@ class SharedEntry(Entry):
         layouts = self._layouts()
         cuts = np.cumsum([layout.count for layout in layouts])[:-1].tolist()
         parts = zip(layouts, self.leaves, jnp.split(weight, cuts), strict=True)
-        return {leaf.path: lay.join(part).astype(leaf.dtype) for lay, leaf, part in parts}
+        return {leaf.path: in_range(lay.join(part), leaf.dtype) for lay, leaf, part in parts}
 
     def parts(self, fields: Fields) -> Iterator[tuple[LeafSpec, CodebookQuantizer, Fields]]:
         """Gives every leaf its own part of what `Quantizer.pack` gave for all.
@@ -192,6 +195,7 @@ def check_calibration(spec: LeafSpec, calibration: Calibration) -> None:
             raise ValueError(
                 f"calibration of leaf '{spec.path}': the moments of its inputs are not finite"
             )
+        _warn_of_unseen(spec, calibration.inputs.matrix, 2)
     importance = calibration.importance
     if importance is None:
         return
@@ -206,6 +210,19 @@ def check_calibration(spec: LeafSpec, calibration: Calibration) -> None:
         raise ValueError(
             f"calibration of leaf '{spec.path}': the importance must be finite, nowhere negative "
             "and somewhere positive"
+        )
+    _warn_of_unseen(spec, importance, len(spec.shape) - spec.stacked)
+
+
+def _warn_of_unseen(spec: LeafSpec, values: Array, axes: int) -> None:
+    """Warns of slices that no data have reached, e.g. experts that no token was sent to."""
+    if isinstance(values, Tracer):
+        return
+    if slices := unseen_slices(values, axes):
+        warnings.warn(
+            f"leaf '{spec.path}': no data reached {slices} (encoded without calibration): give "
+            "more data, or data of other kinds",
+            stacklevel=3,
         )
 
 
@@ -261,7 +278,7 @@ def bind_rules(
         The leaves, with the stacked axes that their rules say, and what is compressed.
 
     Raises:
-        ValueError: naming the leaf that its quantizer cannot take.
+        ValueError: naming every leaf that its quantizer cannot take.
     """
     leaves: list[LeafSpec] = []
     entries: list[Entry] = []
@@ -279,14 +296,22 @@ def bind_rules(
         if name in specs:
             raise ValueError(f"share='{name}' is also the path of a leaf: choose another name")
         entries.append(share_entry(name, members))
-    for entry in entries:
-        entry.check()
-        if entry.spec.size > _MOST_GAIN * entry.storage.bits // 8:
-            raise ValueError(
-                f"'{entry.name}': {entry.quantizer} stores less than a bit for every "
-                f"{_MOST_GAIN // 8} weights: use a smaller dim"
-            )
+    raise_together([reason for entry in entries if (reason := _misfit(entry))])
     return tuple(leaves), tuple(entries)
+
+
+def _misfit(entry: Entry) -> str | None:
+    """Why a quantizer cannot take its leaf; None if it can."""
+    try:
+        entry.check()
+    except ValueError as error:
+        return str(error)
+    if entry.spec.size > _MOST_GAIN * entry.storage.bits // 8:
+        return (
+            f"'{entry.name}': {entry.quantizer} stores less than a bit for every "
+            f"{_MOST_GAIN // 8} weights: use a smaller dim"
+        )
+    return None
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -21,8 +21,10 @@ from ssvq_jax.entries import (
     gather_calibration,
     match_rules,
 )
+from ssvq_jax.problems import raise_together
 from ssvq_jax.progress import bar_over
 from ssvq_jax.quantizers import Calibration, Quantizer
+from ssvq_jax.quantizers.base import in_range
 from ssvq_jax.quantizers.streams import pack_fields, unpack_fields
 from ssvq_jax.recipe import Recipe, Rule, as_recipe, recipe_from_json, recipe_to_json
 from ssvq_jax.tree import LeafSpec, PyTree, Variables
@@ -72,7 +74,8 @@ class Plan:
         Returns:
             The collections: ``params`` (the dense leaves; None in the holes), ``vq`` (floats that
             gradients train) and ``vq_state`` (integers and booleans that they do not), the latter
-            two by entry name. Dense leaves are not copied: copy them before a step donates them.
+            two by entry name. Every array is a copy: a step may donate it and leaves ``params``
+            as they are.
 
         Raises:
             ValueError: if the tree is not the plan's, a compressed leaf holds NaN or infinity, or a
@@ -87,8 +90,14 @@ class Plan:
         for path, found in calibration.items():
             check_calibration(specs[path], found)
         learned, fixed = {}, {}
-        for leaf in (leaf for entry in self.entries for leaf in entry.leaves):
-            _check_finite(leaf.path, arrays[leaf.path])
+        raise_together(
+            [
+                reason
+                for entry in self.entries
+                for leaf in entry.leaves
+                if (reason := _not_finite(leaf.path, arrays[leaf.path]))
+            ]
+        )
         for entry in bar_over(self.entries, "encoding") if progress else self.entries:
             found = gather_calibration(entry, calibration)
             entry_key = jax.random.fold_in(key, zlib.crc32(entry.name.encode()))
@@ -99,7 +108,8 @@ class Plan:
             learned[entry.name] = encoded.learned
             if encoded.fixed:
                 fixed[entry.name] = encoded.fixed
-        return {"params": tree.punch(params, self.compressed), "vq": learned, "vq_state": fixed}
+        dense = jax.tree.map(_copy, tree.punch(params, self.compressed))
+        return {"params": dense, "vq": learned, "vq_state": fixed}
 
     def decode(self, variables: Variables) -> PyTree:
         """Rebuilds the parameter tree; differentiable in ``params`` and ``vq``, jit-able.
@@ -203,21 +213,24 @@ class Plan:
         """Lists the leaves of the tree the plan was made for, by leaf path.
 
         Raises:
-            ValueError: naming a leaf, if it is another tree.
+            ValueError: naming every leaf that differs, if it is another tree.
         """
         arrays = tree.leaves_by_path(params)
         found = tree.leaf_specs(params)
+        problems = []
         for leaf in self.leaves:
             if leaf.path not in found:
-                raise ValueError(f"leaf '{leaf.path}' of the plan is not in the tree")
+                problems.append(f"leaf '{leaf.path}' of the plan is not in the tree")
+                continue
             spec = dataclasses.replace(found.pop(leaf.path), stacked=leaf.stacked)
             if spec != leaf:
-                raise ValueError(
+                problems.append(
                     f"leaf '{leaf.path}' is {spec.dtype}{list(spec.shape)}, but the plan was made "
                     f"for {leaf.dtype}{list(leaf.shape)}: make the plan from this tree"
                 )
         if found:
-            raise ValueError(f"leaves {sorted(found)} are not in the plan: make it from this tree")
+            problems.append(f"leaves {sorted(found)} are not in the plan: make it from this tree")
+        raise_together(problems)
         return arrays
 
 
@@ -250,7 +263,7 @@ class Packed:
         """The dense leaves as arrays in the user's dtypes, None in the holes."""
         dtypes = {leaf.path: leaf.dtype for leaf in self.plan.leaves}
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.asarray(leaf).astype(dtypes[tree.leaf_path(path)]), self.params
+            lambda path, leaf: in_range(_copy(leaf), dtypes[tree.leaf_path(path)]), self.params
         )
 
     def variables(self) -> dict[str, Any]:
@@ -319,12 +332,19 @@ def _store_dense(path: Any, leaf: Any, dtype: str | None) -> np.ndarray:
     return stored
 
 
-def _check_finite(path: str, weight: Any) -> None:
+def _copy(leaf: Any) -> Array:
+    """An array with memory of its own: JAX may share that of NumPy arrays."""
+    return jnp.array(leaf, copy=True)
+
+
+def _not_finite(path: str, weight: Any) -> str | None:
+    """What is wrong with the values of a weight; None if nothing is."""
     if isinstance(weight, Tracer):
-        return
+        return None
     bad = int(weight.size - jnp.sum(jnp.isfinite(weight)))
-    if bad:
-        raise ValueError(
-            f"leaf '{path}' holds {bad} NaN or infinite values of {weight.size}: repair the "
-            "checkpoint, or keep the leaf dense (quantizer None)"
-        )
+    if not bad:
+        return None
+    return (
+        f"leaf '{path}' holds {bad} NaN or infinite values of {weight.size}: repair the "
+        "checkpoint, or keep the leaf dense (quantizer None)"
+    )

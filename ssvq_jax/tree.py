@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssvq_jax.problems import raise_together
+
 PyTree = Any
 Variables = Mapping[str, Any]
 
@@ -96,27 +98,56 @@ def leaf_specs(tree: PyTree) -> dict[str, LeafSpec]:
     """Describes every leaf of a tree of float arrays or of ``jax.ShapeDtypeStruct``.
 
     Raises:
-        ValueError: if two leaves share one path, or a leaf is not an array of floats.
+        ValueError: if two leaves share one path, or naming every leaf that is not an array of
+            floats in a dtype that JAX computes in.
     """
-    specs = {}
-    for path, leaf in leaves_by_path(tree).items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise ValueError(
-                f"leaf '{path}' is a {type(leaf).__name__}, not an array: give the arrays alone, "
-                "e.g. equinox.partition(model, equinox.is_inexact_array)[0]"
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"leaf '{path}' has dtype {leaf.dtype}, but only float leaves can be trained or "
-                "compressed: keep it outside the tree, e.g. nnx.split(model, nnx.Param, ...)"
-            )
-        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-            raise ValueError(
-                f"leaf '{path}' has dtype {leaf.dtype}, but JAX computes in 32 bits: convert the "
-                "tree with jax.tree.map(jnp.asarray, params), or enable jax_enable_x64"
-            )
-        specs[path] = LeafSpec(path, leaf.shape, leaf.dtype)
-    return specs
+    leaves = leaves_by_path(tree)
+    problems = [f"leaf '{path}' {reason}" for path, x in leaves.items() if (reason := _misfit(x))]
+    raise_together(problems)
+    return {path: LeafSpec(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+
+def _misfit(leaf: Any) -> str | None:
+    """Why a leaf cannot be taken; None if it can."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return (
+            f"is a {type(leaf).__name__}, not an array: give the arrays alone, "
+            "e.g. equinox.partition(model, equinox.is_inexact_array)[0]"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return (
+            f"has dtype {leaf.dtype}, but only float leaves can be trained or compressed: "
+            "keep it outside the tree, e.g. nnx.split(model, nnx.Param, ...)"
+        )
+    if foreign := foreign_byte_order(leaf):
+        return foreign
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return (
+            f"has dtype {leaf.dtype}, but JAX computes in 32 bits: convert the "
+            "tree with jax.tree.map(jnp.asarray, params), or enable jax_enable_x64"
+        )
+    return None
+
+
+def foreign_byte_order(leaf: Any) -> str | None:
+    """Says how to convert an array whose bytes are in the order of another processor.
+
+    Files of HDF5, FITS and old TensorFlow give such arrays, which JAX cannot take.
+
+    Returns:
+        What is wrong with it, for a message that names it; None if nothing is.
+
+    Example:
+        >>> import numpy as np
+        >>> foreign_byte_order(np.zeros(2)) is None
+        True
+    """
+    if getattr(leaf.dtype, "isnative", True):
+        return None
+    return (
+        f"has dtype {leaf.dtype.str}, whose byte order is not this machine's: convert it with "
+        "x.astype(x.dtype.newbyteorder('='))"
+    )
 
 
 def punch(tree: PyTree, paths: Collection[str]) -> PyTree:

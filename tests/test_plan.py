@@ -204,7 +204,8 @@ def test_a_slice_without_importance_is_clustered_as_if_all_counted():
     plan = make_plan(params, [Rule(".*", Vector(codewords=4, dim=4), stacked=1)])
     key = jax.random.key(1)
     importance = jnp.ones((3, 8, 16)).at[1].set(0.0)
-    some = plan.init(key, params, {"experts": Calibration(importance)})
+    with pytest.warns(UserWarning, match="no data reached slices 1 of 3"):
+        some = plan.init(key, params, {"experts": Calibration(importance)})
     equal = plan.init(key, params, {"experts": Calibration(jnp.ones((3, 8, 16)))})
     for one, other in zip(jax.tree.leaves(some), jax.tree.leaves(equal), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -352,3 +353,44 @@ def test_table_as_text(params):
     assert "blocks/0/kernel" in text
     assert "sign_split k=4 d=8" in text
     assert "whole model" in text
+
+
+def test_init_shares_no_memory_with_the_users_arrays():
+    kernel, bias = jax.random.normal(jax.random.key(0), (16, 16)), jnp.ones(16)
+    host = np.zeros(64, np.float32)  # JAX may share the memory of NumPy's arrays
+    params = {"a": {"kernel": kernel}, "b": {"kernel": kernel}, "bias": bias, "host": host}
+    plan = ssvq.make_plan(params, [(".*kernel", ssvq.Uniform(bits=4)), (".*", None)])
+    learned, _ = ssvq.split(plan.init(jax.random.key(1), params))
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    step(learned)  # tied arrays are not donated twice
+    assert not kernel.is_deleted()
+    assert not bias.is_deleted()
+    assert not host.any()
+
+
+def test_packed_variables_share_no_memory_with_the_packed_model():
+    params = {"kernel": jnp.ones((16, 16)), "bias": jnp.ones(16)}
+    plan = ssvq.make_plan(params, [("kernel", ssvq.Uniform(bits=4)), (".*", None)])
+    packed = plan.finalize(plan.init(jax.random.key(1), params))
+    jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t), donate_argnums=0)(packed.variables())
+    chex.assert_trees_all_close(packed.decode(), params, atol=1e-2)
+
+
+def test_all_misfits_are_in_one_error():
+    shapes = {name: jax.ShapeDtypeStruct((6, 6), "float32") for name in "abc"}
+    with pytest.raises(ValueError, match="3 problems:") as error:
+        ssvq.make_plan(shapes, [(".*", ssvq.Vector(codewords=4, dim=4))])
+    assert [f"leaf '{name}'" in str(error.value) for name in "abc"] == [True] * 3
+    bad = {"a": jnp.arange(3), "b": 1.0, "c": np.ones(3, ">f4"), "d": np.ones(3, "float32")}
+    with pytest.raises(ValueError, match="3 problems:") as error:
+        ssvq.make_plan(bad, [(".*", None)])
+    for part in ("leaf 'a' has dtype int32", "leaf 'b' is a float", "leaf 'c' has dtype >f4"):
+        assert part in str(error.value)
+    plan = ssvq.make_plan(shapes, [(".*", None)])
+    other = {"a": jnp.ones((6, 5)), "b": jnp.ones((6, 6)), "d": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"3 problems:\n- leaf 'a' is .*\n- leaf 'c' of the plan"):
+        plan.init(jax.random.key(0), other)
+    nan = {name: jnp.full((6, 6), jnp.nan) for name in "abc"}
+    plan = ssvq.make_plan(shapes, [(".*", ssvq.Uniform(bits=4))])
+    with pytest.raises(ValueError, match="3 problems:\n- leaf 'a' holds 36 NaN"):
+        plan.init(jax.random.key(0), nan)

@@ -3,6 +3,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ssvq_jax import LeafSpec, split
@@ -56,3 +57,8 @@ def test_spec_of_a_stacked_leaf():
 def test_split_names_what_is_missing():
     with pytest.raises(ValueError, match=r"lack the collections \['vq_state'\]"):
         split({"params": {}, "vq": {}})
+
+
+def test_another_byte_order_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"leaf 'w' has dtype >f2, whose byte order .* convert"):
+        leaf_specs({"w": np.zeros(3, ">f2")})

@@ -113,7 +113,8 @@ def feed_back(
         learned[name] = new.learned
         if new.fixed:
             fixed[name] = new.fixed
-    return {**variables, "vq": learned, "vq_state": fixed}, report
+    # A step that donates what is returned leaves what was given alone.
+    return jax.tree.map(jnp.copy, {**variables, "vq": learned, "vq_state": fixed}), report
 
 
 @dataclasses.dataclass(frozen=True)

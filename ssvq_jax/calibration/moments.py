@@ -23,7 +23,7 @@ from ssvq_jax.calibration.observe import observe
 from ssvq_jax.calibration.sums_file import SumsSoFar, check_sums, load_sums, save_sums
 from ssvq_jax.plan import Plan
 from ssvq_jax.progress import bar_over
-from ssvq_jax.quantizers.calibration import InputMoments
+from ssvq_jax.quantizers.calibration import InputMoments, unseen_slices
 from ssvq_jax.tree import PyTree, leaf_specs, leaves_by_path
 
 SAVE_SECONDS = 60.0
@@ -35,7 +35,8 @@ class Moments:
 
     Attributes:
         inputs: by leaf path.
-        rows: number of inputs by leaf path; of stacked leaves that of the slice with fewest.
+        rows: number of inputs by leaf path, those that are all zero not counted; of stacked leaves
+            that of the slice with fewest.
         missed: leaves whose inputs cannot be read, and why.
     """
 
@@ -49,11 +50,19 @@ class Moments:
         sizes = {path: found.matrix.shape[-1] for path, found in self.inputs.items()}
         return {path: (n, sizes[path]) for path, n in self.rows.items() if n < sizes[path]}
 
+    @property
+    def unseen(self) -> dict[str, str]:
+        """Leaves of which a slice received no inputs, e.g. an expert; which slices, for people."""
+        found = {path: unseen_slices(one.matrix, 2) for path, one in self.inputs.items()}
+        return {path: slices for path, slices in found.items() if slices}
+
     def __str__(self) -> str:
         """What to know of them, a line a leaf."""
         lines = [f"moments of the inputs of {len(self.inputs)} leaves"]
         for path, (rows, size) in self.few.items():
             lines.append(f"{path}: {rows} inputs of {size} channels: give more data")
+        for path, slices in self.unseen.items():
+            lines.append(f"{path}: no inputs reached {slices}: uncalibrated")
         lines += [f"{path}: not read ({why})" for path, why in self.missed.items()]
         return "\n".join(lines)
 

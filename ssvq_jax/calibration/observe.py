@@ -50,7 +50,7 @@ class Sums:
 
     Attributes:
         matrix: sum of x^T x, float32 ``[*stacked, c, c]``.
-        count: number of inputs x, int32 ``[*stacked]``.
+        count: number of inputs x that are not all zero, int32 ``[*stacked]``.
         axes: as in `InputMoments`.
     """
 

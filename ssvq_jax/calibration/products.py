@@ -34,7 +34,8 @@ class Found(NamedTuple):
 
     Attributes:
         matrix: float32 ``[*stack, c, c]``; an axis that a loop goes through has length 1.
-        number: of inputs, int32 ``[*stack]``.
+        number: of inputs that are not all zero, int32 ``[*stack]``: experts are fed zeros in the
+            places that no token takes.
     """
 
     matrix: Float[Array, "*stack c c"]
@@ -103,9 +104,9 @@ def _read(
         preferred_element_type=jnp.float32,
     )
     stack = [1 if cut.loop is not None else cut.size for cut in view.stack]
-    count = jnp.full(stack, math.prod(middle), jnp.int32)
+    count = jnp.sum(jnp.any(x != 0, axis=-1), axis=summing, dtype=jnp.int32)
     use = Use(view.path, tuple(axis - stacked for axis in axes), view.stack)
-    return use, Found(matrix.reshape(*stack, size, size), count)
+    return use, Found(matrix.reshape(*stack, size, size), count.reshape(stack))
 
 
 def _patches(eqn: JaxprEqn, view: View, images: Array) -> Array:

@@ -1,6 +1,6 @@
 """safetensors files as bytes at offsets, for reading that nothing in the file can lead astray.
 
-The safetensors library, which writes packed files, maps a whole file into memory to read it; a
+The safetensors library maps a whole file into memory to read it; a
 file that another process cuts off meanwhile then kills the reader (SIGBUS). Without the map (its
 ``backend="pread"``) a slice of bytes took it 150 microseconds, and a model has hundreds. So packed
 files are read here piece by piece, and a piece that is missing is an error.
@@ -10,10 +10,12 @@ import json
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ssvq_jax.packing.errors import PackedFileError
 from ssvq_jax.packing.segments import DTYPES, Layout
@@ -144,6 +146,41 @@ class Container:
         if not isinstance(texts, dict) or not all(map(is_text, texts.values())):
             raise PackedFileError(f"{self.path}: {what} is not that of a safetensors file")
         return header
+
+
+def write_container(
+    path: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file; equal contents give equal bytes.
+
+    The library writes the texts of the header in an order of its own each time.
+
+    Args:
+        path: the file.
+        tensors: arrays by name, of dtypes in `ssvq_jax.packing.segments.DTYPES`.
+        texts: of the header.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # aligned
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    start = 0
+    for name in order:
+        end = start + tensors[name].nbytes
+        header[name] = {
+            "dtype": DTYPES[tensors[name].dtype.name],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little"))
+        file.write(content)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def is_text(value: Any) -> bool:

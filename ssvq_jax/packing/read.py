@@ -18,6 +18,7 @@ from ssvq_jax.packing.errors import PackedFileError
 from ssvq_jax.packing.stored import Stored
 from ssvq_jax.packing.structure import Structure, in_structure_of, rebuild
 from ssvq_jax.plan import Packed, Plan
+from ssvq_jax.quantizers.base import in_range
 from ssvq_jax.quantizers.streams import decode_streams
 from ssvq_jax.tree import LeafSpec, PyTree
 
@@ -210,7 +211,7 @@ class PackedFile:
 
     def _cast(self, path: str) -> np.ndarray:
         """A dense leaf in its own dtype."""
-        return self.dense(path).astype(self._specs[path].dtype, copy=False)
+        return in_range(self.dense(path), self._specs[path].dtype)
 
     def _decoded(self, entry: Entry, shardings: dict[str, Any]) -> dict[str, Array]:
         """The leaves of an entry, where they are to be."""

@@ -8,13 +8,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ssvq_jax import tree
 from ssvq_jax.atomic import replace_file
 from ssvq_jax.entries import Entry
 from ssvq_jax.packing import entropy
+from ssvq_jax.packing.container import write_container
 from ssvq_jax.packing.header import (
     CHECKSUM,
     HEADER,
@@ -25,8 +24,9 @@ from ssvq_jax.packing.header import (
 from ssvq_jax.packing.segments import STATE, make_layout
 from ssvq_jax.packing.structure import describe
 from ssvq_jax.plan import Packed
+from ssvq_jax.problems import raise_together
 from ssvq_jax.quantizers.streams import check_streams, unpack_fields
-from ssvq_jax.tree import LeafSpec, PyTree
+from ssvq_jax.tree import LeafSpec, PyTree, foreign_byte_order
 
 Codec = Literal["plain", "entropy"]
 
@@ -95,6 +95,9 @@ def save(
                 coded[entry.name] = {field: part.size for field, part in found.items()}
     stored = {name: leaf.dtype.name for name, leaf in dense.items()}
     others = {STATE + name: np.asarray(x) for name, x in tree.leaves_by_path(state).items()}
+    raise_together(
+        [f"{name} {reason}" for name, x in others.items() if (reason := foreign_byte_order(x))]
+    )
     taken = others.keys() & ({leaf.path for leaf in plan.leaves} | set(contents))
     if taken:
         raise ValueError(f"names that begin with '{STATE}' are the state's: rename {taken}")
@@ -133,10 +136,7 @@ def save(
     text = header_to_text(header)
     tensors = {name: np.concatenate(found) for name, found in parts.items()}
     texts = {HEADER: text, CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}
-    try:
-        replace_file(path, lambda new: save_file(tensors, new, metadata=texts))
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
+    replace_file(path, lambda new: write_container(new, tensors, texts))
 
 
 def _as_json(name: str, told: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ssvq_jax.quantizers.calibration import Calibration
 from ssvq_jax.tree import LeafSpec
 
 Fields = Mapping[str, Any]
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 MOST_AXES = 32  # of a weight
 
 
@@ -193,7 +194,7 @@ class Quantizer(abc.ABC):
         """
         one = spec.slice_spec()
         decode = _over_slices(lambda enc: self.slice_decode(enc[0], enc[1], one), spec.stacked)
-        return decode((dict(learned), dict(fixed))).astype(spec.dtype)
+        return in_range(decode((dict(learned), dict(fixed))), spec.dtype)
 
     def storage(self, spec: LeafSpec) -> Storage:
         """Counts the stored bits by field; needs no weights."""
@@ -332,6 +333,24 @@ def straight_through(
     must compute the very bits that training saw.
     """
     return jax.lax.stop_gradient(value) + (surrogate - jax.lax.stop_gradient(surrogate))
+
+
+def in_range(weight: ArrayT, dtype: Any) -> ArrayT:
+    """Converts decoded weights to a dtype; those beyond its range become its largest value.
+
+    A codeword or the outermost level may lie beyond every weight that it stands for, and float16
+    ends at 65,504: finite weights must not decode to infinity. NaN stays NaN.
+
+    Example:
+        >>> in_range(jnp.array([-1e5, 2.0]), jnp.float16).tolist()
+        [-65504.0, 2.0]
+    """
+    if jnp.finfo(dtype).max < jnp.finfo(weight.dtype).max:
+        limit = float(jnp.finfo(dtype).max)
+        if weight.dtype.itemsize < 4:  # bfloat16 has no 65,504
+            weight = weight.astype(jnp.float32)
+        weight = weight.clip(-limit, limit)
+    return weight.astype(dtype)
 
 
 def round_scale(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -6,9 +6,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ssvq_jax.tree import LeafSpec
+
+_MOST_PLACES = 8  # in a message
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["axes"])
@@ -95,6 +98,32 @@ def from_input_rows(
     others = [n for axis, n in enumerate(shape) if axis not in axes]
     front = rows.reshape(*(shape[axis] for axis in axes), *others)
     return jnp.moveaxis(front, range(len(axes)), axes)
+
+
+def unseen_slices(values: Array, axes: int) -> str:
+    """Lists the slices of a stack whose values are all zero: data have not reached them.
+
+    Args:
+        values: moments or importance, ``[*stacked, *slice]``.
+        axes: number of axes of a slice.
+
+    Returns:
+        Their places, e.g. ``slices 3; 5 of 8``, or ``it`` for a weight that is no stack; empty if
+        there are none.
+
+    Example:
+        >>> unseen_slices(jnp.array([[[1.0]], [[0.0]]]), 2)
+        'slices 1 of 2'
+    """
+    lead = values.shape[: values.ndim - axes]
+    zero = np.asarray(jnp.all(values == 0, axis=tuple(range(len(lead), values.ndim))))
+    if not zero.any():
+        return ""
+    if not lead:
+        return "it"
+    places = [",".join(map(str, place)) for place in np.argwhere(zero).tolist()]
+    more = ", …" if len(places) > _MOST_PLACES else ""
+    return f"slices {'; '.join(places[:_MOST_PLACES])}{more} of {' x '.join(map(str, lead))}"
 
 
 def importance_of(calibration: Calibration | None) -> Float[Array, "..."] | None:

@@ -99,7 +99,7 @@ class Uniform(Quantizer):
 
         shares = jnp.arange(1, _CANDIDATES + 1, dtype=jnp.float32) / _CANDIDATES
         best = shares[jnp.argmin(jax.lax.map(error, shares), axis=0)]
-        return Encoded({"latent": weight, "step": _positive(full * best)}, {})
+        return Encoded({"latent": jnp.copy(weight), "step": _positive(full * best)}, {})
 
     def slice_parts(self, spec: LeafSpec) -> Parts:
         """Any part; steps are cut with their axis."""
@@ -113,7 +113,7 @@ class Uniform(Quantizer):
         calibration: Calibration | None,
     ) -> Encoded:
         """The latent weights begin anew at W."""
-        return Encoded({"latent": weight, "step": learned["step"]}, {})
+        return Encoded({"latent": jnp.copy(weight), "step": learned["step"]}, {})
 
     def slice_decode(self, learned: Fields, fixed: Fields, spec: LeafSpec) -> Float[Array, "..."]:
         """W_q, with LSQ's gradients."""

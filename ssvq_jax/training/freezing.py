@@ -11,11 +11,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from ssvq_jax.quantizers.base import check_integer
 from ssvq_jax.tree import fill, leaf_path, leaves_by_path, punch
 
+Number = float | Float[Array, ""]
 FreezeTo = Literal["vote", "average", "current"]
 LATENT = "sign_latent"
 _NEVER_FLIPPED = -1.0
@@ -44,8 +46,8 @@ def freeze_signs(
     inner: optax.GradientTransformation,
     *,
     every: int,
-    threshold: float | optax.Schedule,
-    momentum: float = 0.01,
+    threshold: Number | optax.Schedule,
+    momentum: Number = 0.01,
     warmup: int = 0,
     freeze_to: FreezeTo = "vote",
     vote_window: int | None = None,
@@ -70,6 +72,8 @@ def freeze_signs(
         inner: the whole optimizer, gradient clipping included.
         every: updates between two freezing steps.
         threshold: frequency above which signs freeze; a number or a schedule over updates.
+            ``optax.inject_hyperparams`` may set it, and ``momentum``; whole numbers are static:
+            ``static_args=("every", "warmup", "vote_window")``.
         momentum: m, the weight of a new observation.
         warmup: number of first updates at which nothing freezes; observation runs from the start.
         freeze_to: the sign at which to freeze: the majority "vote" of the signs after each update
@@ -161,7 +165,7 @@ def freeze_signs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
+def cosine_threshold(start: Number, end: Number, steps: int) -> optax.Schedule:
     """Threshold that decays from ``start`` to ``end`` with a half cosine over ``steps`` updates.
 
     Source: arXiv 2503.08668; arXiv 2203.11086, section 4.3.
@@ -174,7 +178,8 @@ def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
         >>> [round(float(threshold(t)), 3) for t in (0, 50, 100, 200)]
         [0.1, 0.06, 0.02, 0.02]
     """
-    if not 0 <= end <= start or start <= 0:
+    known = not isinstance(start, Tracer) and not isinstance(end, Tracer)
+    if known and (not 0 <= end <= start or start <= 0):
         raise ValueError(f"threshold from start={start} to end={end}: it must fall, and start > 0")
     check_integer("steps", steps, least=1)
     return optax.cosine_decay_schedule(start, steps, alpha=end / start)
@@ -201,17 +206,18 @@ def freeze_state(opt_state: optax.OptState) -> FreezeState | None:
 
 def _check(
     every: int,
-    threshold: float | optax.Schedule,
-    momentum: float,
+    threshold: Number | optax.Schedule,
+    momentum: Number,
     warmup: int,
     freeze_to: str,
     vote_window: int | None,
 ) -> None:
     check_integer("every", every, least=1)
     check_integer("warmup", warmup, least=0)
-    if not callable(threshold) and not threshold >= 0:
+    # optax.inject_hyperparams and vmap give numbers that are not known here.
+    if not callable(threshold) and not isinstance(threshold, Tracer) and not threshold >= 0:
         raise ValueError(f"threshold={threshold}: a frequency is at least 0")
-    if not 0 < momentum <= 1:
+    if not isinstance(momentum, Tracer) and not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: it must be above 0 and at most 1")
     if freeze_to not in get_args(FreezeTo):
         raise ValueError(f"freeze_to={freeze_to!r}: choose one of {get_args(FreezeTo)}")
@@ -250,7 +256,7 @@ def _sign(latent: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _observe(
-    frequency: Float[Array, "*s"], before: Float[Array, "*s"], after: Float[Array, "*s"], m: float
+    frequency: Float[Array, "*s"], before: Float[Array, "*s"], after: Float[Array, "*s"], m: Number
 ) -> Float[Array, "*s"]:
     """F <- m*o + (1 - m)*f; the first flip only starts the average, at 0."""
     flips = (before < 0) != (after < 0)

@@ -321,7 +321,8 @@ def test_inputs_that_were_always_zero_are_rounded_to_nearest(damping):
 
 
 def test_no_inputs_at_all():
-    decoded, report, _ = fed_back(Uniform(bits=3), weight_of(4, 3), jnp.zeros((4, 4)))
+    with pytest.warns(UserWarning, match="no data reached it"):
+        decoded, report, _ = fed_back(Uniform(bits=3), weight_of(4, 3), jnp.zeros((4, 4)))
     assert (report.before, report.after) == (0, 0)
     assert np.isfinite(decoded).all()
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from packed_models import Layer, pack, same, weight
+from safetensors import safe_open
 
+import ssvq_jax as ssvq
 from ssvq_jax import Vector, load, make_plan, save
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import safetensors.numpy
 import ssvq_jax as ssvq
 import ssvq_jax.packing.write
 
@@ -33,7 +34,7 @@ def half(*given, **_):
     kill()
 
 if moment == "half written":  # however it is written
-    Path.write_bytes = safetensors.numpy.save_file = ssvq_jax.packing.write.save_file = half
+    Path.write_bytes = ssvq_jax.packing.write.write_container = half
 if moment == "sync":
     os.fsync = kill
 if moment == "rename":
@@ -67,7 +68,7 @@ def test_a_save_that_is_killed_leaves_the_old_file(packed, tmp_path):
 def test_a_save_that_fails_leaves_the_old_file(packed, file, monkeypatch):
     before = file.read_bytes()
     monkeypatch.setattr("ssvq_jax.atomic._sync", lambda path: path.with_name("none").stat())
-    with pytest.raises(OSError, match="none"):
+    with pytest.raises(OSError, match="model.safetensors cannot be written .No such file"):
         save(file, packed)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
@@ -131,3 +132,42 @@ def test_what_could_not_be_loaded_is_not_saved(codebook_dtype, tmp_path):
     with pytest.raises(ValueError, match="'w'.* codebook.* not finite"):
         save(tmp_path / "x", plan.finalize(variables))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_state_of_another_byte_order_is_refused_by_name(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"state:mean has dtype >f4, whose byte order"):
+        save(tmp_path / "x", packed, state={"mean": np.zeros(3, ">f4")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_models_give_equal_bytes(packed, tmp_path):
+    code = (
+        "import sys, ssvq_jax as ssvq\n"
+        "with ssvq.load(sys.argv[1]) as file: packed, state = file.read(), file.state()\n"
+        "ssvq.save(sys.argv[2], packed, model={'b': 1, 'a': 2}, metrics={'x': 0.5})"
+    )
+    save(tmp_path / "0", packed)
+    for name in ("1", "2"):  # in processes of their own: hashes are seeded anew
+        subprocess.run([sys.executable, "-c", code, tmp_path / "0", tmp_path / name], check=True)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    texts = {save(tmp_path / "3", packed) or (tmp_path / "3").read_bytes() for _ in range(8)}
+    assert len(texts) == 1
+
+
+def test_the_safetensors_library_reads_what_is_written(packed, tmp_path):
+    save(tmp_path / "x", packed)
+    with safe_open(tmp_path / "x", "numpy") as file, load(tmp_path / "x") as opened:
+        assert set(file.metadata()) == {"ssvq_jax", "ssvq_jax_crc32"}
+        sizes = sum(file.get_slice(name).get_shape()[0] for name in file.keys())  # noqa: SIM118
+        assert sizes > 0
+        opened.verify()
+
+
+def test_dense_leaves_stored_beyond_the_range_of_their_dtype_stay_finite(tmp_path):
+    params = {"w": jnp.full(4, jnp.finfo("float16").max, "float16")}
+    plan = ssvq.make_plan(params, [(".*", None)])
+    packed = plan.finalize(plan.init(jax.random.key(0), params), dense_dtype="bfloat16")
+    save(tmp_path / "x", packed)
+    with load(tmp_path / "x") as file:
+        for decoded in (packed.decode(), file.decode()):
+            assert float(decoded["w"][0]) == 65504

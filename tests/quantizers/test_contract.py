@@ -167,6 +167,38 @@ def packed_fields(quantizer, spec):
     return quantizer.pack(*trained(quantizer, spec), spec)
 
 
+def pointers(tree):
+    return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)}
+
+
+@every_quantizer
+def test_what_is_trained_shares_no_memory_with_what_is_given(quantizer):
+    spec = SPECS["dense"]
+    weight = weight_of(spec)
+    encoded = quantizer.init(jax.random.key(0), weight, spec)
+    assert not pointers(weight) & pointers(encoded)
+    try:
+        quantizer.slice_parts(spec)
+    except ValueError:
+        return
+    again = quantizer.slice_requantize(weight, encoded.learned, spec, None)
+    assert not pointers(weight) & pointers(again)
+
+
+@every_quantizer
+def test_finite_float16_weights_decode_to_finite_ones(quantizer):
+    spec = LeafSpec("w", (16, 24), "float16")
+    limit = float(jnp.finfo("float16").max)
+    sign = jnp.sign(jax.random.normal(jax.random.key(2), spec.shape))
+    weight = (limit * sign * jax.random.uniform(jax.random.key(3), spec.shape, minval=0.9)).astype(
+        "float16"
+    )
+    weight = weight.at[0].set(limit).at[:, 1].set(-limit)
+    decoded = decode(quantizer, *quantizer.init(jax.random.key(0), weight, spec), spec)
+    assert decoded.dtype == jnp.float16
+    assert jnp.isfinite(decoded).all()
+
+
 def test_every_method_has_a_case():
     assert {q.method for q in CASES.values()} == set(METHODS)
 

@@ -317,3 +317,33 @@ def test_params_are_needed():
     params = tree([1.0])
     with pytest.raises(ValueError, match="freeze_signs needs params"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("name", ["threshold", "momentum"])
+def test_numbers_may_be_injected_and_mapped(name):
+    numbers = {"threshold": 0.05, "momentum": 0.1}
+    params = {"w": {"sign_latent": jnp.array([0.5, -0.5])}}
+    grads = {"w": {"sign_latent": jnp.array([1.0, 0.0])}}
+
+    def make(value):
+        return freeze_signs(optax.sgd(1.0), every=1, **(numbers | {name: value}))
+
+    def run(tx):
+        state = tx.init(params)
+        for step in range(5):
+            turned = jax.tree.map(lambda x, step=step: x * (-1.0) ** step, grads)
+            _, state = jax.jit(tx.update)(turned, state, params)
+        return state
+
+    plain = run(make(numbers[name]))
+    injected = run(optax.inject_hyperparams(make)(value=numbers[name]))
+    chex.assert_trees_all_equal(injected.inner_state.frozen, plain.frozen)
+    states = jax.vmap(lambda value: make(value).update(grads, make(value).init(params), params)[1])(
+        jnp.array([numbers[name], 0.5])
+    )
+    assert states.frozen["w/sign_latent"].shape == (2, 2)
+
+
+def test_the_ends_of_a_threshold_may_be_mapped():
+    values = jax.vmap(lambda start: cosine_threshold(start, 0.0, 10)(5))(jnp.array([0.1, 0.2]))
+    np.testing.assert_allclose(values, [0.05, 0.1], rtol=1e-6)
