@@ -49,7 +49,7 @@ def pip_arguments(source: str, have: dict[str, str]) -> list[str]:
     if number >= FLOOR:
         kept = [f"{name}=={have[name]}" for name in ("jax", "jaxlib") if name in have]
         constraints = pathlib.Path(tempfile.mkdtemp()) / "constraints.txt"
-        constraints.write_text("\n".join(kept))
+        constraints.write_text("\n".join(kept), encoding="utf-8")
         return [source, "-c", str(constraints)]
     parts = {"libtpu": "tpu", "jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13"}
     extras = [extra for name, extra in parts.items() if name in have]

@@ -24,6 +24,7 @@ import tyro
 import ssvq_jax as ssvq
 from ssvq_jax import hardware
 from ssvq_jax.hardware import Accelerator, Layers, presets
+from ssvq_jax.json_files import read_json
 from ssvq_jax.models import create, param_shapes
 from ssvq_jax.recipe import load_recipe
 from ssvq_jax.report import provenance
@@ -119,8 +120,8 @@ def main(config: Config) -> None:
             "seconds": round(time.perf_counter() - start, 1),
             **provenance(),
         }
-        config.results.write_text(json.dumps(found, indent=1) + "\n")
-    found = json.loads(config.results.read_text())
+        config.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = read_json(config.results)
     for name, text in tables(found).items():
         insert(config.page, name, text)
         print(text + "\n")

@@ -222,7 +222,7 @@ def main(config: Config) -> None:
     rows = results.rows() if config.only_report else compare(config, results)
     for name, text in tables(rows).items():
         print(f"\n{text}")
-        if results.of_page and f"<!-- {name}: begin -->" in PAGE.read_text():
+        if results.of_page and f"<!-- {name}: begin -->" in PAGE.read_text(encoding="utf-8"):
             insert(PAGE, name, text)
 
 

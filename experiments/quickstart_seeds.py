@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from ssvq_jax.cli.quickstart import METHODS, QuickstartCommand, compare
+from ssvq_jax.json_files import read_json
 from ssvq_jax.report.pages import insert
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +49,8 @@ def main(config: Config) -> None:
             command = QuickstartCommand(out=config.runs / f"quickstart_seed{seed}", seed=seed)
             results, _ = compare(command)
             results["config"] |= {"out": f"runs/quickstart_seed{seed}"}
-            file.write_text(json.dumps(results, indent=1) + "\n")
-    text = table([json.loads(file.read_text()) for file in files])
+            file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = table([read_json(file) for file in files])
     for page in PAGES:
         insert(page, "quickstart table", text)
     print(text)

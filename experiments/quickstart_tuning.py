@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from ssvq_jax.cli.quickstart import QuickstartCommand, compress, load_task, train_float
+from ssvq_jax.json_files import read_json
 from ssvq_jax.plan import make_plan
 from ssvq_jax.recipe import load_recipe
 from ssvq_jax.report import provenance
@@ -82,7 +83,7 @@ def draw(recipe: str, trial: int) -> OptimizerConfig:
 def main(config: Config) -> None:
     results: dict[str, Any] = {"trials": {}, "finals": {}}
     if config.out.exists():
-        results |= json.loads(config.out.read_text())
+        results |= read_json(config.out)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in config.seeds:
         draws = [(recipe, i, draw(recipe, i)) for recipe in RECIPES for i in range(config.trials)]
@@ -131,7 +132,7 @@ def run(
             "seconds": sum(done.seconds.values()),
             **provenance(),
         }
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def ranking(rows: dict[str, Any], recipe: str) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tables import Rows, publish
 
 from ssvq_jax.atomic import replace_text
+from ssvq_jax.json_files import read_json
 from ssvq_jax.report import provenance
 
 Settings = TypeVar("Settings", bound="Options")
@@ -88,7 +89,7 @@ class Results:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of the file, by unit."""
-        return json.loads(self.file.read_text())["rows"] if self.file.exists() else []
+        return read_json(self.file)["rows"] if self.file.exists() else []
 
     @property
     def of_page(self) -> bool:
@@ -122,7 +123,7 @@ class Results:
     def _all(self) -> dict[str, dict[str, Any]]:
         """The latest row of every unit, by the units' names in order."""
         found: dict[str, dict[str, Any]] = {}
-        own = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
+        own = [read_json(file) for file in self.folder.glob("*.json")]
         for row in sorted([*self.rows(), *own], key=lambda row: row["written"]):
             found[row["unit"]] = row
         return dict(sorted(found.items()))

@@ -15,12 +15,12 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         write: writes the temporary file that it is given, which lies beside ``file``.
 
     Raises:
-        OSError: if the folder cannot be written to.
+        OSError: naming the file, if it cannot be written.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     replace_file(Path(folder) / "results.json", lambda new: new.write_text("{}"))
+        ...     replace_file(Path(folder) / "results.json", lambda new: new.write_bytes(b"{}"))
         ...     [path.name for path in Path(folder).iterdir()]
         ['results.json']
     """
@@ -33,6 +33,9 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         new.chmod(mode)
         _sync(new)
         new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written ({error.strerror or error})") from error
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -42,7 +45,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Writes a text file whole, or leaves the old one."""
-    replace_file(file, lambda new: new.write_text(text))
+    replace_file(file, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def _sync(path: Path) -> None:

@@ -1,13 +1,13 @@
 """Recipes: ordered rules from leaf paths to quantizers, as records and as JSON."""
 
 import dataclasses
-import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ssvq_jax import quantizers
+from ssvq_jax.json_files import read_json
+from ssvq_jax.path_patterns import compile_pattern, matches
 from ssvq_jax.quantizers import (
     ChannelRelaxed,
     Masked,
@@ -23,7 +23,6 @@ from ssvq_jax.quantizers.codebook import CodebookQuantizer
 from ssvq_jax.quantizers.pyramid_vector import pulses_for
 
 FORMAT = 1
-_MOST_PATTERN = 4096  # characters: patterns come from files, too, and compiling takes time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Rule:
     """What to do with the leaves whose whole path matches a pattern.
 
     Attributes:
-        pattern: regular expression, matched against the whole leaf path (``re.fullmatch``); the
+        pattern: regular expression, matched against the whole leaf path as by ``re.fullmatch``; the
             first rule that matches a leaf wins.
         quantizer: method for these leaves, or None to keep them dense.
         stacked: leading axes that stack independent weights (layers under ``nn.scan``); every
@@ -49,17 +48,10 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise ValueError(f"rule {self.pattern!r}: the pattern must be a string")
-        if len(self.pattern) > _MOST_PATTERN:
-            raise ValueError(
-                f"rule '{self.pattern[:40]}...': a pattern of {len(self.pattern)} characters; give "
-                f"at most {_MOST_PATTERN}, or several rules"
-            )
         try:
-            re.compile(self.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"rule '{self.pattern}' is not a regular expression: {error}"
-            ) from None
+            compile_pattern(self.pattern)
+        except ValueError as error:
+            raise ValueError(f"rule {error}") from None
         if not isinstance(self.quantizer, Quantizer | None):
             raise ValueError(
                 f"rule '{self.pattern}' has {self.quantizer!r} for a quantizer: give a record like "
@@ -79,7 +71,7 @@ class Rule:
 
     def matches(self, path: str) -> bool:
         """Whether the rule covers a leaf path."""
-        return re.fullmatch(self.pattern, path) is not None
+        return matches(self.pattern, path)
 
 
 Recipe = tuple[Rule, ...]
@@ -131,8 +123,15 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
         ValueError: if the data are not a recipe of this format, naming what is wrong.
     """
     rules = data.get("rules") if isinstance(data, Mapping) else None
-    if not isinstance(rules, list) or data.get("format") != FORMAT:
+    version = data.get("format") if isinstance(data, Mapping) else None
+    if not isinstance(rules, list) or type(version) is not int or version != FORMAT:
         raise ValueError(f'not a recipe: it needs {{"format": {FORMAT}, "rules": [...]}}')
+    unknown = sorted(set(data) - {"format", "rules"})
+    if unknown:
+        raise ValueError(
+            f"a recipe has the keys 'format' and 'rules' and no {unknown}: delete them, or move "
+            "them into a rule"
+        )
     known = {field.name for field in dataclasses.fields(Rule)}
     recipe = []
     for entry in rules:
@@ -262,6 +261,6 @@ def load_recipe(name_or_file: str) -> Recipe:
             f"{sorted(PRESETS)} or give a JSON file"
         )
     try:
-        return recipe_from_json(json.loads(path.read_text()))
+        return recipe_from_json(read_json(path))
     except ValueError as error:
         raise ValueError(f"recipe file '{name_or_file}': {error}") from None

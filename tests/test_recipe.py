@@ -1,4 +1,6 @@
 import json
+import re
+import time
 
 import jax
 import pytest
@@ -54,6 +56,14 @@ def test_patterns_match_whole_paths():
             "rule .*'pattern': 'a'.*: dim=0",
         ),
         (lambda: recipe_from_json({"rules": []}), "not a recipe: it needs"),
+        (lambda: recipe_from_json({"format": True, "rules": []}), "not a recipe: it needs"),
+        (lambda: recipe_from_json({"format": 1.0, "rules": []}), "not a recipe: it needs"),
+        (
+            lambda: recipe_from_json({"format": 1, "rules": [], "rule": [], "x": 1}),
+            r"the keys 'format' and 'rules' and no \['rule', 'x'\]",
+        ),
+        (lambda: Rule("((a{50}){50}){50}", None), "repeats up to 125,000 times"),
+        (lambda: Rule("a" * 5000, None), "has 5000 characters: give at most 4096"),
         (
             lambda: recipe_from_json({"format": 1, "rules": [{"pattern": "a"}]}),
             "it needs a pattern and a quantizer",
@@ -112,3 +122,56 @@ def test_presets_take_a_language_model_s_layers_and_no_stage_of_swin():
         "patch_embed/kernel",
         "head/kernel",
     }
+
+
+RULES = '"rules": [{"pattern": ".*", "quantizer": null}]'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f'{{"format": 1, "format": 1, {RULES}}}', "the key 'format' is given twice"),
+        (
+            '{"format": 1, "rules": [{"pattern": "a", "pattern": "b", "quantizer": null}]}',
+            "the key 'pattern' is given twice",
+        ),
+        ("[" * 100_000, "nested too deeply"),
+        (f'{{"format": true, {RULES}}}', "not a recipe"),
+        (b"\xff\xfe{", "not text in UTF-8"),
+    ],
+)
+def test_files_are_read_strictly(tmp_path, text, message):
+    file = tmp_path / "recipe.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(file))
+
+
+def test_files_may_have_a_byte_order_mark_and_any_letters(tmp_path):
+    file = tmp_path / "recipe.json"
+    text = f'{{"format": 1, {RULES}}}'.replace(".*", "层.*")
+    file.write_text(text, encoding="utf-8-sig")
+    (rule,) = load_recipe(str(file))
+    assert rule.matches("层/weight")
+
+
+def test_a_pattern_cannot_hang():
+    rule = Rule("((([a-z]+)+)+/?)+!", None)
+    begun = time.monotonic()
+    assert not rule.matches("blocks/" + "abcdefghijklmnopqrstuvwxyz" * 3 + "/kernel")
+    assert rule.matches("abc/d!")
+    with pytest.raises(ValueError, match=r"\+b' takes more than 1 s to match 'aaa.*: write"):
+        Rule("(a|aa)+b", None).matches("a" * 200)
+    assert time.monotonic() - begun < 30
+
+
+def test_presets_match_as_with_re():
+    paths = [
+        "blocks_0/attn/qkv/kernel", "blocks/3/mlp/fc1/kernel", "blocks/attn/qkv/kernel",
+        "head/kernel", "patch_embed/bias", "layers_0/attn/q/kernel", "layers/mlp/up/kernel",
+        "stem/conv/kernel", "stages_1/depthwise_conv/kernel", "embed/embedding", "norm/scale",
+    ]  # fmt: skip
+    for recipe in PRESETS.values():
+        for rule in recipe:
+            for path in paths:
+                assert rule.matches(path) == (re.fullmatch(rule.pattern, path) is not None)

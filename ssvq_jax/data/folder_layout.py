@@ -1,14 +1,17 @@
 """Which files of an image folder belong to which class and split.
 
 What decides about fixed splits and about order are SHA-256 digests of the files' relative paths,
-so neither depends on the machine or the file system.
+so neither depends on the machine or the file system. The split of a file depends on its own path
+alone: files that are added later move no other.
 """
 
+import collections
 import hashlib
 import os
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ssvq_jax.data.split_ranges import split_ranges
 
@@ -16,7 +19,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 """Files with other endings are passed over."""
 
 SPLIT_SHARES: Mapping[str, int] = {"validation": 10, "test": 10}
-"""Percent of each class in the fixed splits; the rest is `train`."""
+"""Percent of the files in the fixed splits, about; the rest is `train`."""
 
 _SPLIT_FOLDERS: Mapping[str, str] = {
     "train": "train",
@@ -30,40 +33,76 @@ _SPLIT_FOLDERS: Mapping[str, str] = {
 }
 
 
-def read_layout(root: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+class Layout(NamedTuple):
+    """What an image folder holds.
+
+    Attributes:
+        names: Names of the classes, sorted.
+        splits: The files of each split, `"<class>/<file>"` or `"<split>/<class>/<file>"`, in a
+            mixed order.
+        passed_over: How many files were passed over, and why, for people; empty for none.
+    """
+
+    names: tuple[str, ...]
+    splits: dict[str, tuple[str, ...]]
+    passed_over: str
+
+
+def read_layout(root: Path) -> Layout:
     """Lists the classes and the files of each split of an image folder.
 
     Args:
         root: The image folder.
 
     Returns:
-        Names of the classes, sorted, and the files of each split, `"<class>/<file>"` or
-        `"<split>/<class>/<file>"`, in a mixed order.
+        Its layout.
 
     Raises:
         ValueError: There are no class sub-folders, or one holds no images in any split.
     """
-    classes_of = _read(root)
+    others: collections.Counter[str] = collections.Counter()
+    classes_of = _read(root, others)
     names = tuple(sorted({name for classes in classes_of.values() for name in classes}, key=_nfc))
     _check_classes(root, names, classes_of)
-    return names, {key: _mixed(classes) for key, classes in _with_fixed_splits(classes_of).items()}
+    splits = {key: _mixed(classes) for key, classes in _with_fixed_splits(classes_of).items()}
+    return Layout(names, splits, _describe(root, others))
 
 
-def _read(root: Path) -> dict[str, dict[str, list[str]]]:
+def _describe(root: Path, others: Mapping[str, int]) -> str:
+    """Says which files were passed over; they are counted by kind."""
+    if not others:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+    return (
+        f"{sum(others.values())} files in {root} are passed over ({kinds}): images are "
+        f"{', '.join(SUFFIXES)} files directly in the folder of their class"
+    )
+
+
+def _read(root: Path, others: collections.Counter[str]) -> dict[str, dict[str, list[str]]]:
     """Lists the files of each class of each split; of the split "" if the folder has no splits."""
     tops = _sub_folders(root)
+    _count_loose(root, others)
     if any(top.lower() in _SPLIT_FOLDERS and _sub_folders(root / top) for top in tops):
         inner = {top: _sub_folders(root / top) for top in tops}
         called = [_SPLIT_FOLDERS.get(top.lower(), top) for top in tops]
+        for top in tops:
+            _count_loose(root / top, others)
         return {
             # Two folders that would be called the same keep their names.
             split if called.count(split) == 1 else top: {
-                name: _images(root, f"{top}/{name}") for name in inner[top]
+                name: _images(root, f"{top}/{name}", others) for name in inner[top]
             }
             for split, top in zip(called, tops, strict=True)
             if inner[top]
         }
-    return {"": {name: _images(root, name) for name in tops}}
+    return {"": {name: _images(root, name, others) for name in tops}}
+
+
+def _count_loose(folder: Path, others: collections.Counter[str]) -> None:
+    """Counts images that lie beside the folders of classes."""
+    if loose := sum(is_image(path) and path.is_file() for path in folder.iterdir()):
+        others["outside of a class folder"] += loose
 
 
 def _sub_folders(folder: Path) -> list[str]:
@@ -71,14 +110,29 @@ def _sub_folders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _images(root: Path, folder: str) -> list[str]:
+def _images(root: Path, folder: str, others: collections.Counter[str]) -> list[str]:
+    found = []
     with os.scandir(root / folder) as entries:
-        return [
-            f"{folder}/{entry.name}"
-            for entry in entries
-            # Hidden ones too are left out: macOS puts a "._cat.jpg" beside "cat.jpg".
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-        ]
+        # Hidden ones too are left out: macOS puts a "._cat.jpg" beside "cat.jpg".
+        for entry in (entry for entry in entries if not entry.name.startswith(".")):
+            if entry.is_dir():
+                deeper = sum(map(is_image, Path(entry.path).rglob("*")))
+                others.update({"in folders inside a class": deeper} if deeper else {})
+            elif entry.name.lower().endswith(SUFFIXES):
+                found.append(f"{folder}/{entry.name}")
+            else:
+                others[kind_of(entry.name)] += 1
+    return found
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path ends as those of images do, and is not hidden."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a file, for messages: how its name ends."""
+    return Path(name).suffix.lower() or "without ending"
 
 
 def _check_classes(
@@ -111,15 +165,21 @@ def _with_fixed_splits(
     """Divides the classes of a folder without splits."""
     if "" not in classes_of:
         return classes_of
-    divided: dict[str, dict[str, list[str]]] = {"train": {}, **{key: {} for key in SPLIT_SHARES}}
+    divided: dict[str, dict[str, list[str]]] = {key: {} for key in ("train", *SPLIT_SHARES)}
     for name, files in classes_of[""].items():
-        ranked = sorted(files, key=lambda file: _digest("split", file))
-        if len(files) > len(SPLIT_SHARES):
-            for split, share in SPLIT_SHARES.items():
-                count = max(1, round(len(files) * share / 100))
-                divided[split][name], ranked = ranked[:count], ranked[count:]
-        divided["train"][name] = ranked
-    return divided
+        for file in files:
+            divided[_split_of(file)].setdefault(name, []).append(file)
+    return {key: classes for key, classes in divided.items() if classes}
+
+
+def _split_of(file: str) -> str:
+    """The fixed split of a file, from its path alone."""
+    percent = int.from_bytes(_digest("split", file)[:8]) * 100 >> 64  # 0 to 99
+    for split, share in SPLIT_SHARES.items():
+        if percent < share:
+            return split
+        percent -= share
+    return "train"
 
 
 def _mixed(classes: dict[str, list[str]]) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """Image files and their class indices, as a folder or a table has them."""
 
+import collections
 import csv
+import warnings
 from pathlib import Path
 
-from ssvq_jax.data.folder_layout import SUFFIXES
+from ssvq_jax.data.folder_layout import SUFFIXES, is_image, kind_of
 
 
 def find_images(folder: Path) -> list[str]:
@@ -20,9 +22,18 @@ def find_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: give one with images")
-    found = [x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file()]
+    files = [x for x in folder.rglob("*") if x.is_file() and not x.name.startswith(".")]
+    found = [x for x in files if is_image(x)]
     if not found:
         raise ValueError(f"no images in {folder}: its files end in none of {', '.join(SUFFIXES)}")
+    others = collections.Counter(kind_of(x.name) for x in files if not is_image(x))
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        warnings.warn(
+            f"{others.total()} files in {folder} are passed over ({kinds}): images end in "
+            f"{', '.join(SUFFIXES)}",
+            stacklevel=2,
+        )
     return sorted(x.relative_to(folder).as_posix() for x in found)
 
 
@@ -73,7 +84,7 @@ def read_labels(table: Path, files: list[str], classes: int) -> dict[str, int]:
         ValueError: The table cannot be read, a file has no label, or a label is no class index.
     """
     try:
-        with table.open(newline="") as opened:
+        with table.open(newline="", encoding="utf-8-sig") as opened:
             rows = [row for row in csv.reader(opened) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"labels {table} cannot be read ({error})") from error

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from ssvq_jax.data.wikipedia import read_articles
+from ssvq_jax.json_files import read_text
 
 
 def read_documents(files: Iterable[Path]) -> Iterator[str]:
@@ -39,11 +40,9 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is no text in UTF-8 ({error}): give a text file or a Wikipedia dump (.bz2)"
-        ) from error
+        return read_text(file)
+    except ValueError as error:
+        raise ValueError(f"{error}, or give a Wikipedia dump (.bz2)") from error
 
 
 def token_windows(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ssvq_jax.atomic import replace_text
 from ssvq_jax.hardware.accelerator import Accelerator
+from ssvq_jax.json_files import read_json, read_text
 
 _MIB = 1024 * 1024
 _EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -161,9 +162,9 @@ def _read(path: Path) -> Any:
     import yaml
 
     if not _is_yaml(path):
-        return json.loads(path.read_text())
+        return read_json(path)
     try:
-        return yaml.load(path.read_text(), Loader=_with_exponents(yaml.SafeLoader))
+        return yaml.load(read_text(path), Loader=_with_exponents(yaml.SafeLoader))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"not YAML ({reason})") from None

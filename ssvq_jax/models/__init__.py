@@ -11,7 +11,7 @@ from ssvq_jax.models.registry import (
     param_shapes,
     variable_shapes,
 )
-from ssvq_jax.models.tensor_files import SAFETENSORS, is_foreign, load_tensors
+from ssvq_jax.models.tensor_files import SAFETENSORS, is_foreign, is_tensors, load_tensors
 from ssvq_jax.models.vit import ViT, ViTConfig
 from ssvq_jax.models.weights import fit_weights, load_weights
 
@@ -30,6 +30,7 @@ __all__ = [
     "import_weights",
     "input_shapes",
     "is_foreign",
+    "is_tensors",
     "load_model",
     "load_tensors",
     "load_weights",

@@ -1,6 +1,5 @@
 """Llamas from Hugging Face: state dicts of `LlamaForCausalLM`, and model folders on disk."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssvq_jax.json_files import read_json
 from ssvq_jax.models.import_state_dict import Renaming, Tensors, convert_state_dict
 from ssvq_jax.models.llama import Llama, LlamaConfig
 from ssvq_jax.models.rope import llama3_factors
@@ -177,8 +177,12 @@ def load_llama_folder(folder: Path, *, scan: bool = False) -> tuple[LlamaConfig,
     Raises:
         ValueError: if the folder lacks a file, or the files do not fit each other.
     """
-    config = read_llama_config(_read_json(folder / "config.json"), f"{folder}/config.json")
-    tensors = _read_shards(folder)
+    try:
+        data = read_json(folder / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{error}: give a model's folder") from error
+    config = read_llama_config(data, f"{folder}/config.json")
+    tensors = load_tensors(folder)
     shapes = llama_shapes(config, scan=scan)
     return config, import_llama(tensors, shapes, config, source=str(folder))
 
@@ -206,23 +210,3 @@ def _rope_factors(
         f"{source}: rope scaling of type {kind!r}: only 'default', 'linear' and 'llama3' can be "
         "read"
     )
-
-
-def _read_shards(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return load_tensors(folder / "model.safetensors")
-    listed = _read_json(index).get("weight_map", {})
-    tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(listed.values())):
-        tensors |= load_tensors(folder / name)
-    if missing := sorted(set(listed) - set(tensors)):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of its index, e.g. '{missing[0]}'")
-    return tensors
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): give a model's folder") from error

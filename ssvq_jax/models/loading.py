@@ -1,18 +1,18 @@
 """Models by registry name or from a user's own module, and what they are before any weights."""
 
+import contextlib
 import dataclasses
-import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from ssvq_jax.models.registry import (
     REGISTRY,
@@ -22,6 +22,8 @@ from ssvq_jax.models.registry import (
     unknown,
 )
 from ssvq_jax.models.tensor_files import load_tensors
+
+_BATCH = 2  # images of a trial call: one could hide that a model mixes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,10 @@ class LoadedModel:
         Raises:
             ValueError: if the model cannot be called with such images.
         """
-        return dict(self._call(jax.jit, key, image_shape)[1])
+        with self._calling(image_shape):
+            # Shapes only: XLA leaves the images and what is computed from them out.
+            init = jax.jit(lambda k: self.module.init(k, _images(1, image_shape), **self._mode()))
+            return dict(init(key))
 
     def outputs(self, image_shape: tuple[int, int, int]) -> int:
         """Number of its logits, without computing any.
@@ -92,12 +97,52 @@ class LoadedModel:
         Raises:
             ValueError: as `init`, or if it does not return logits ``[b, classes]``.
         """
-        logits, _ = self._call(_shapes_of, jax.random.key(0), image_shape)
-        shape = getattr(logits, "shape", None)
-        if shape is None or len(shape) != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-            found = type(logits).__name__ if shape is None else f"{logits.dtype}{list(shape)}"
+        with self._calling(image_shape):
+            logits, _ = jax.eval_shape(
+                lambda k, x: self.module.init_with_output(k, x, **self._mode()),
+                jax.random.key(0),
+                _shape_of_images(_BATCH, image_shape),
+            )
+        return self._classes(logits, "")
+
+    def check_training(self, image_shape: tuple[int, int, int]) -> None:
+        """Calls the model as a training step does, without computing anything.
+
+        Raises:
+            ValueError: if it cannot be called so, or returns other logits than in evaluation.
+        """
+        variables = self.shapes(image_shape)
+        others = [name for name in variables if name != "params"]
+        with self._calling(image_shape, " in training"):
+            logits, _ = jax.eval_shape(
+                lambda v, k, x: self.module.apply(
+                    v, x, rngs={"dropout": k}, mutable=others, **self._mode(train=True)
+                ),
+                variables,
+                jax.random.key(0),
+                _shape_of_images(_BATCH, image_shape),
+            )
+        classes, usual = self._classes(logits, " in training"), self.outputs(image_shape)
+        if classes != usual:
             raise ValueError(
-                f"model '{self.name}' returns {found} for one image: return logits [b, classes]"
+                f"model '{self.name}' returns {classes} logits in training and {usual} in "
+                "evaluation: return the same"
+            )
+
+    def _classes(self, logits: Any, when: str) -> int:
+        """Number of logits of an image, once they are known to be some."""
+        shape: Any = getattr(logits, "shape", None)
+        dtype: Any = getattr(logits, "dtype", None)
+        if (
+            shape is None
+            or len(shape) != 2
+            or shape[0] != _BATCH
+            or not jnp.issubdtype(dtype, jnp.floating)
+        ):
+            found = type(logits).__name__ if shape is None else f"{dtype}{list(shape)}"
+            raise ValueError(
+                f"model '{self.name}' returns {found} for {_BATCH} images{when}: return logits "
+                "[b, classes]"
             )
         return shape[1]
 
@@ -126,16 +171,20 @@ class LoadedModel:
         own = self.init(jax.random.key(0), image_shape) if new_head else self.shapes(image_shape)
         return import_weights(self.name, tensors, own, source=str(path), new_head=new_head)
 
-    def _call(self, transform: Any, key: Any, image_shape: tuple[int, int, int]) -> Any:
+    def _mode(self, *, train: bool = False) -> dict[str, Any]:
+        """The argument ``train``, if the module's call takes it."""
         signature = inspect.signature(type(self.module).__call__)
-        train: dict[str, Any] = {"train": False} if "train" in signature.parameters else {}
-        images = jnp.zeros((1, *image_shape))
+        return {"train": train} if "train" in signature.parameters else {}
+
+    @contextlib.contextmanager
+    def _calling(self, image_shape: tuple[int, int, int], when: str = "") -> Iterator[None]:
+        """Names the model in what its call raises."""
         try:
-            return transform(lambda k: self.module.init_with_output(k, images, **train))(key)
-        except Exception as error:
+            yield
+        except (Exception, SystemExit) as error:
             shape = ", ".join(map(str, image_shape))
             raise ValueError(
-                f"model '{self.name}' cannot be called with images [b, {shape}] "
+                f"model '{self.name}' cannot be called with images [b, {shape}]{when} "
                 f"({_reason(error)}): give the image size it is made for, or check its call"
             ) from error
 
@@ -189,7 +238,7 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
     try:
         takes_classes = "classes" in inspect.signature(function).parameters
         made = function(classes=classes) if takes_classes and classes is not None else function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"model '{name}': the function failed ({_reason(error)})") from error
     if isinstance(made, nn.Module):
         return LoadedModel(name, made)
@@ -202,8 +251,12 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
     )
 
 
-def _shapes_of(function: Any) -> Any:
-    return functools.partial(jax.eval_shape, function)
+def _images(batch: int, image_shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
+    return jnp.zeros((batch, *image_shape))
+
+
+def _shape_of_images(batch: int, image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
 
 
 def _find(name: str) -> Any:
@@ -213,7 +266,7 @@ def _find(name: str) -> Any:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that exits when it is imported
         raise ValueError(
             f"model '{name}': the module '{module_name}' cannot be imported from {folder} or the "
             f"installed packages ({_reason(error)})"

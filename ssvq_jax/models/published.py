@@ -78,7 +78,7 @@ def cache_folder() -> Path:
 
 
 def fetched(name: str) -> Path | None:
-    """Finds the weights of a model, if they have been fetched.
+    """Finds the weights of a model, if they have been fetched, and checks that they are intact.
 
     Args:
         name: a key of `PUBLISHED`.
@@ -87,10 +87,18 @@ def fetched(name: str) -> Path | None:
         Their file, or None.
 
     Raises:
-        ValueError: if nothing is published for the name here.
+        ValueError: if nothing is published for the name here, or the file is damaged.
     """
     file = _kept(name)
-    return file if file.is_file() else None
+    if not file.is_file():
+        return None
+    found, pinned = _sha256(file), _published(name).sha256
+    if found != pinned:
+        raise ValueError(
+            f"{file} is damaged (sha256 {found}, not {pinned}): bring it again with "
+            f"`ssvq models fetch {name}`"
+        )
+    return file
 
 
 def fetch(name: str) -> Path:

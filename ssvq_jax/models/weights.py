@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from ssvq_jax.models.loading import LoadedModel
-from ssvq_jax.models.tensor_files import SAFETENSORS, load_tensors
+from ssvq_jax.models.read_orbax import read_orbax
+from ssvq_jax.models.tensor_files import PICKLED, is_tensors, load_tensors
 from ssvq_jax.models.variables import paths_of
 
 
@@ -17,10 +18,10 @@ def load_weights(path: Path) -> dict[str, Any]:
     """Reads the variables of a model.
 
     Args:
-        path: a ``.safetensors`` file whose names are key paths joined by slashes or dots, a file
-            that `flax.serialization.to_bytes` wrote, or the folder of an orbax checkpoint; each of
-            the variables (``{"params": ...}``), of a training state with ``params``, or of the bare
-            parameters.
+        path: a ``.safetensors`` file whose names are key paths joined by slashes or dots, a folder
+            of such shards or their index, a file that `flax.serialization.to_bytes` wrote, or the
+            folder of an orbax checkpoint; each of the variables (``{"params": ...}``), of a
+            training state with ``params``, or of the bare parameters.
 
     Returns:
         The variables, ``params`` among them, as nested dictionaries.
@@ -33,12 +34,14 @@ def load_weights(path: Path) -> dict[str, Any]:
             f"no weights at {path}: give a run's folder, an orbax checkpoint or a file"
         )
     try:
-        if path.is_dir():
-            tree = _read_orbax(path)
-        elif path.suffix == SAFETENSORS:
+        if path.suffix == ".json" and not is_tensors(path):
+            raise ValueError("it is a JSON file, which holds no weights")
+        if is_tensors(path) and path.suffix not in PICKLED:
             tensors = load_tensors(path)
             separator = "/" if any("/" in name for name in tensors) else "."
             tree = unflatten_dict(tensors, sep=separator)
+        elif path.is_dir():
+            tree = read_orbax(path)
         else:
             tree = _read_msgpack(path)
     except Exception as error:
@@ -102,18 +105,3 @@ def _read_msgpack(file: Path) -> Any:
     from flax import serialization
 
     return serialization.msgpack_restore(file.read_bytes())
-
-
-def _read_orbax(folder: Path) -> Any:
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
-    if steps:
-        raise ValueError(f"it has checkpoints of the steps {', '.join(steps)}: give one of these")
-    path = str(folder.absolute())
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever wrote them
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        ocp.metadata(path).metadata,
-    )
-    return ocp.load(path, template)

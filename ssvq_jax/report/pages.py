@@ -31,8 +31,9 @@ def insert(page: Path, name: str, text: str) -> None:
         ValueError: if the page has no such markers, or has them more than once.
     """
     pattern = rf"(<!-- {re.escape(name)}: begin -->\n).*?(<!-- {re.escape(name)}: end -->)"
+    old = page.read_text(encoding="utf-8")
     new, count = re.subn(
-        pattern, lambda found: found[1] + text + "\n" + found[2], page.read_text(), flags=re.DOTALL
+        pattern, lambda found: found[1] + text + "\n" + found[2], old, flags=re.DOTALL
     )
     if count != 1:
         raise ValueError(f"{page} has the markers '{name}' {count} times, not once")

