@@ -26,7 +26,9 @@ import tyro
 from ssvq_jax import load_recipe, make_plan
 from ssvq_jax.models import create
 from ssvq_jax.training.checkpoint import SAVE_SECONDS, Checkpoints
+from ssvq_jax.training.checksums import leaf_checksums
 from ssvq_jax.training.layout import local_layout
+from ssvq_jax.training.named_leaves import named_leaves
 from ssvq_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ssvq_jax.training.step import CompressionState, linen_forward, make_state, make_train_step
 
@@ -79,6 +81,10 @@ def main(config: Config) -> None:
             state, _ = step(state, batch)
         return jax.block_until_ready(state), time.perf_counter() - start
 
+    leaf_checksums(named_leaves(state))  # compiles
+    start = time.perf_counter()
+    leaf_checksums(named_leaves(state))
+    checksums = time.perf_counter() - start
     without, with_save, calls, writes = [], [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "checkpoints"
@@ -104,10 +110,12 @@ def main(config: Config) -> None:
     usual, call = statistics.median(without), statistics.median(calls)
     extra = statistics.median(b - a for a, b in zip(without, with_save, strict=True))
     print(f"{config.steps} steps: {usual:.2f} s; with a save {usual + extra:.2f} s")
+    print(f"checksums of all leaves, in the call of save: {checksums:.3f} s")
     print(f"the call of save returns after {call:.3f} s; written after {max(writes):.2f} s or less")
     figures = {
         "save_blocking_share": round(max(extra, call) / SAVE_SECONDS, 4),
         "save_call_s": round(call, 3),
+        "checksum_s": round(checksums, 3),
         "save_extra_s": round(extra, 3),
         "step_s": round(usual / config.steps, 3),
         "resume_s": round(resume, 2),

@@ -148,7 +148,7 @@ def compare_golden() -> tuple[int, int]:
     Returns:
         How many rows there are, and how many counts differ.
     """
-    with GOLDEN.open() as file:
+    with GOLDEN.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     mismatches = 0
     for row in rows:
@@ -229,8 +229,8 @@ def against_scalesim(config: Config) -> dict[str, Any]:
     m, k, n = LAYER
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "layer.cfg").write_text(_CONFIG)
-        (folder / "layer.csv").write_text(f"Layer,M,N,K,\nqkv,{m},{n},{k},\n")
+        (folder / "layer.cfg").write_text(_CONFIG, encoding="utf-8")
+        (folder / "layer.csv").write_text(f"Layer,M,N,K,\nqkv,{m},{n},{k},\n", encoding="utf-8")
         arguments = [folder / "layer.cfg", folder / "layer.csv", folder / "layer.csv", folder]
         done = subprocess.run(
             [str(config.scalesim_python), "-c", _SIMULATE, *map(str, arguments)],
@@ -243,7 +243,7 @@ def against_scalesim(config: Config) -> dict[str, Any]:
             raise SystemExit(f"scalesim failed:\n{done.stdout}{done.stderr}")
         seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
         (report,) = folder.rglob("COMPUTE_REPORT.csv")
-        with report.open() as file:
+        with report.open(encoding="utf-8") as file:
             row = {key.strip(): x for key, x in next(csv.DictReader(file)).items() if key}
         cycles = float(row["Total Cycles"])  # without prefetching
     layer = with_bits(Workload((Product("qkv", m, k, n, leaves=("w",)),)), 8)

@@ -240,7 +240,9 @@ def extra_memory(size: Size, config: Config) -> float:
     ]
     found = []
     for run in runs:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        pathlib.Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # the peak begins anew
         before = memory("VmRSS")
         run()
         found.append(memory("VmHWM") - before)
@@ -249,7 +251,7 @@ def extra_memory(size: Size, config: Config) -> float:
 
 def memory(field: str) -> float:
     """A line of this process's status, in MB."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
 
 

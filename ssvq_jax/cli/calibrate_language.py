@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.language import Language
 from ssvq_jax.cli.language_text import Windows, open_windows
+from ssvq_jax.memory import free_bytes
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
     from ssvq_jax.calibration import LeafFeedback, Moments
@@ -47,7 +47,7 @@ class CalibrationText:
                 "leave it out"
             )
         needed = 2 * sum(found.values())
-        left = _free_bytes()
+        left = free_bytes()
         if left is not None and needed > left:
             raise ValueError(
                 f"calibrating takes about {needed / 1e9:.1f} GB for the moments of the layers' "
@@ -114,12 +114,3 @@ def _summary(report: "Mapping[str, LeafFeedback]") -> dict[str, Any]:
         "output_error_before": math.fsum(leaf.before for leaf in leaves) / len(leaves),
         "output_error_after": math.fsum(leaf.after for leaf in leaves) / len(leaves),
     }
-
-
-def _free_bytes() -> int | None:
-    """Memory that can be had without swapping, where the system says (Linux)."""
-    told = Path("/proc/meminfo")
-    if not told.exists():
-        return None
-    lines = (line.split() for line in told.read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)

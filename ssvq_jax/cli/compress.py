@@ -44,7 +44,7 @@ class CompressCommand(BatchOptions, FolderOptions, TextOptions, ModelOptions):
         """Compresses, and writes everything."""
         from ssvq_jax.cli.language import is_language
         from ssvq_jax.cli.weights import run_config
-        from ssvq_jax.models import SAFETENSORS
+        from ssvq_jax.models import is_tensors
         from ssvq_jax.packing import is_packed
 
         if self.eval_text:
@@ -66,7 +66,7 @@ class CompressCommand(BatchOptions, FolderOptions, TextOptions, ModelOptions):
         run = run_config(self.weights)
         if self.weights is not None and is_packed(self.weights) and not (run or {}).get("model"):
             raise ValueError(f"{self.weights} is packed already: use `ssvq pack` to change how")
-        plain = self.weights is not None and self.weights.suffix == SAFETENSORS
+        plain = self.weights is not None and is_tensors(self.weights)
         if plain and self.model is None and run is None:
             self._tensors()
         elif self.data is None and not (run or {}).get("data"):
@@ -136,7 +136,7 @@ class CompressCommand(BatchOptions, FolderOptions, TextOptions, ModelOptions):
         from ssvq_jax.training.identity import checksum
 
         if self.weights is None:
-            raise ValueError("no weights: give --weights with a .safetensors file")
+            raise ValueError("no weights: give --weights with a .safetensors file or shards")
         used = {"weights", "recipe", "out", "resume", "seed"}
         self.check_unused(used, "is for a model: give --model too")
         tensors = load_tensors(self.weights)

@@ -71,8 +71,6 @@ class CostCommand:
         from ssvq_jax.report.cost import plot_cost_sweep, plot_energy, plot_roofline, print_cost
 
         out = self.out or (Path("runs/cost") if self.sweep else None)
-        if out is not None and out.exists() and not out.is_dir():
-            raise ValueError(f"out={out} is a file: give a folder")
         results = self._results()
         text = json.dumps(results, indent=1)
         if out is not None:
@@ -168,16 +166,15 @@ class CostCommand:
 
     def _by_hand(self, path: Path) -> tuple["Workload", Any]:
         """A workload from a file, and the shapes of the leaves that feed its products."""
-        import json
-
         import jax
 
         from ssvq_jax.hardware import Workload
+        from ssvq_jax.json_files import read_json
 
         if self.model is not None or self.batch != 1:
             raise ValueError("--workload has its own sizes: leave --model and --batch out")
         try:
-            workload = Workload.from_json(json.loads(path.read_text()))
+            workload = Workload.from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"workload file '{path}': {error}") from None
         shapes: dict[str, tuple[int, ...]] = {

@@ -123,8 +123,6 @@ class EvalCommand(BatchOptions, TextOptions, ModelOptions):
         from ssvq_jax.training.evaluation import make_evaluate
         from ssvq_jax.training.layout import local_layout
 
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out={self.out} is a file: give a folder")
         run = run_config(self.weights) or {}
         # Batch statistics are those of the run's training images, as it saw them.
         is_run = self.weights is not None and self.weights.is_dir() and bool(run)

@@ -46,8 +46,6 @@ class ExportCommand:
 
         if self.out.resolve() == self.file.resolve():
             raise ValueError(f"out={self.out} is the packed file: give another")
-        if self.out.is_dir():
-            raise ValueError(f"out={self.out} is a folder: give a file")
         for name in ("model", "image_size", "channels", "batch_size", "classes", "platforms"):
             if self.to != "stablehlo" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: plain weights need none; leave it out")

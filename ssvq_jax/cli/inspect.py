@@ -35,8 +35,6 @@ class InspectCommand:
         from ssvq_jax.packing import load
         from ssvq_jax.report import print_inspection
 
-        if self.out is not None and self.out.is_dir():
-            raise ValueError(f"out={self.out} is a folder: give a file")
         for given in (self.file, self.reference):
             if self.out is not None and given is not None and self.out.resolve() == given.resolve():
                 raise ValueError(f"out={self.out} holds weights: give another file")
@@ -81,7 +79,7 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
 
     from ssvq_jax.analysis import weight_error
     from ssvq_jax.cli.packed import PACKED
-    from ssvq_jax.models import SAFETENSORS, load_tensors, load_weights
+    from ssvq_jax.models import is_tensors, load_tensors, load_weights
     from ssvq_jax.packing import is_packed, load
     from ssvq_jax.tree import leaves_by_path
 
@@ -92,7 +90,7 @@ def _errors(file: "PackedFile", reference: Path) -> dict[str, float]:
             weights = dict(other.leaves())
     else:
         # Under their names as they are, or as a model's parameters.
-        weights = load_tensors(reference) if reference.suffix == SAFETENSORS else {}
+        weights = load_tensors(reference) if is_tensors(reference) else {}
         if not {leaf.path for leaf in file.plan.leaves} <= set(weights):
             weights = leaves_by_path(load_weights(reference)["params"])
     decoded = dict(file.leaves())

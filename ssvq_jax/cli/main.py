@@ -1,12 +1,14 @@
 """The console command ``ssvq``."""
 
+import io
 import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -20,6 +22,7 @@ from ssvq_jax.cli.finetune import FinetuneCommand
 from ssvq_jax.cli.generate import GenerateCommand
 from ssvq_jax.cli.inspect import InspectCommand
 from ssvq_jax.cli.models import ModelsCommand
+from ssvq_jax.cli.options import check_out
 from ssvq_jax.cli.pack import PackCommand
 from ssvq_jax.cli.plan import PlanCommand
 from ssvq_jax.cli.quickstart import QuickstartCommand
@@ -41,6 +44,7 @@ Command = (
     | Annotated[ExportCommand, tyro.conf.subcommand("export", prefix_name=False)]
 )
 
+_INTO_A_FILE = (ExportCommand, InspectCommand, PackCommand, PlanCommand)
 
 DESCRIPTION = "Compress trained JAX models 10 to 30 times and check what it costs."
 
@@ -52,10 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command line; by default the program's own.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises as well
+    warnings.formatwarning = _format_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of leaves may hold any character
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments is None:
         _keep_compiled()
     try:
-        tyro.cli(Command, prog="ssvq", description=DESCRIPTION, args=arguments).run()
+        command = tyro.cli(Command, prog="ssvq", description=DESCRIPTION, args=arguments)
+        if (out := getattr(command, "out", None)) is not None:
+            check_out(out, folder=not isinstance(command, _INTO_A_FILE))
+        command.run()
     except (ValueError, OSError, ImportError) as error:  # messages that say what to change
         sys.exit(f"ssvq: error: {error}")
     except KeyboardInterrupt:
@@ -67,6 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Not sys.exit: libraries' threads that are at work in the middle of a computation may
         # crash while Python winds down. What is to be kept is on disk by now.
         os._exit(130)  # as the shell reports an interrupt
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """One line for people; who wrote the code that warns wants to know where it is."""
+    where = "" if category is UserWarning else f" ({filename}:{lineno})"
+    return f"ssvq: warning: {message}{where}\n"
 
 
 def _keep_compiled() -> None:

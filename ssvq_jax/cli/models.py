@@ -97,6 +97,17 @@ class ModelsCommand:
         print("input: height x width x channels, or tokens; MACs: of one image, or of all tokens")
 
 
+def _fetched_or_how(name: str) -> str:
+    """Whether published weights are here, or how to bring them."""
+    from ssvq_jax.models import fetched
+
+    bring = f"ssvq models fetch {name}"
+    try:
+        return "fetched" if fetched(name) else bring
+    except ValueError:
+        return f"damaged: {bring}"
+
+
 def _row(name: str) -> dict[str, Any]:
     import jax
 
@@ -105,7 +116,6 @@ def _row(name: str) -> dict[str, Any]:
         PUBLISHED,
         REGISTRY,
         create,
-        fetched,
         input_shapes,
         variable_shapes,
     )
@@ -119,7 +129,7 @@ def _row(name: str) -> dict[str, Any]:
 
     weights = ""
     if name in PUBLISHED:
-        weights = "fetched" if fetched(name) else f"ssvq models fetch {name}"
+        weights = _fetched_or_how(name)
     recipe = found.inputs
     return {
         "model": name,

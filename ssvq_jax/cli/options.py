@@ -1,6 +1,7 @@
 """Options that several commands have."""
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -194,6 +195,29 @@ class TrainingOptions(BatchOptions, FolderOptions):
             raise ValueError(f"validate_every={self.validate_every}: give at least 1")
         if not self.save_seconds >= 0:
             raise ValueError(f"save_seconds={self.save_seconds}: give 0 or more")
+
+
+def check_out(out: Path, *, folder: bool) -> None:
+    """Checks that results can be written, before there are any.
+
+    Args:
+        out: what ``--out`` says.
+        folder: whether it is to be a folder, else a file.
+
+    Raises:
+        ValueError: if something else is there, or it cannot be written to.
+    """
+    if folder and out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is a file: give a folder")
+    if not folder and out.is_dir():
+        raise ValueError(f"out={out} is a folder: give a file")
+    above = out if out.is_dir() else out.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ValueError(f"out={out} cannot be made, since {above} is a file: give another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"out={out} cannot be written, since {above} is read-only: give another")
 
 
 def check_apart(out: Path, weights: Path | None) -> None:

@@ -31,8 +31,6 @@ class PackCommand(BatchOptions, ModelOptions):
         from ssvq_jax.cli.packed import PACKED
         from ssvq_jax.cli.weights import run_config
 
-        if self.out.is_dir():
-            raise ValueError(f"out={self.out} is a folder: give a file")
         run = run_config(self.weights)
         told = run is None or run.get("model") is not None  # a model, or that there is none
         language = (run or {}).get("task") == "language"

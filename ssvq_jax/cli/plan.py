@@ -53,5 +53,5 @@ class PlanCommand:
         print_bits(f"{self.model} with {self.recipe}", plan.bits())
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+            self.out.write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
             print(f"plan written to {self.out}")

@@ -1,5 +1,6 @@
 """The folder of a run: what it was asked for, what it measured, where it is saved."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,9 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ssvq_jax.json_files import read_json
+from ssvq_jax.sealed import seal, unseal
 
 # How a run is carried out, or where its data lie, may change when a run goes on.
 _MAY_CHANGE = frozenset(
@@ -37,7 +41,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool = True) -> None:
         self.path = path
         self.config = json.loads(json.dumps(config))
-        found = read_config(path)
+        found = read_config(path) if resume else _replaced(path)
         if found is None and (path / "checkpoints").exists():
             raise ValueError(
                 f"{path} has checkpoints, but no config.json to tell of what: give another --out"
@@ -51,7 +55,7 @@ class RunFolder:
         weakref.finalize(self, os.close, _lock(path))
         if not resume and found is not None:
             _delete(path)
-        self.write("config.json", self.config)
+        self.write("config.json", seal(self.config))
 
     @property
     def metrics(self) -> Any:
@@ -77,18 +81,46 @@ def read_config(path: Path) -> dict[str, Any] | None:
     """What the run in a folder was asked for; None if there is no run.
 
     Raises:
-        ValueError: if the file cannot be read.
+        ValueError: if the file cannot be read, is not of a run, or is not as it was written.
     """
     file = path / "config.json"
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
-        config = json.loads(file.read_text())
+        data = read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it, or give another --out") from None
-    if not isinstance(config, dict) or "command" not in config:
+        raise ValueError(f"{error}; delete it, or give another --out") from None
+    if not isinstance(data, dict) or "command" not in data:
         raise ValueError(f"{file} is not of a run of ssvq: give another folder")
-    return config
+    try:
+        return unseal(data, str(file))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: give another --out, or --no-resume to start over; a run of version 0.1 can "
+            f"be opened by {path / 'model.safetensors'}"
+        ) from None
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder's ``config.json`` is that of a run, or cannot be read."""
+    if not (path / "config.json").exists():
+        return False
+    try:
+        data = read_json(path / "config.json")
+    except ValueError:
+        return True
+    return isinstance(data, dict) and "command" in data
+
+
+def _replaced(path: Path) -> dict[str, Any] | None:
+    """The configuration of a run that is about to be deleted; it may be of another version."""
+    try:
+        return read_config(path)
+    except ValueError:
+        if is_run(path):
+            with contextlib.suppress(ValueError):
+                return read_json(path / "config.json")
+        raise
 
 
 def _begun(path: Path) -> bool:

@@ -95,6 +95,8 @@ def carry_out(
     make_optimizer(plan, steps, optimizer)
     run_options.check()
     task.check(weights.params, weights.model_state)
+    if isinstance(setup, Setup):
+        setup.model.check_training(setup.image_shape)
     task.train_batches(setup.seed)
     task.eval_batches()
     folder = RunFolder(options.out, config, resume=options.resume)

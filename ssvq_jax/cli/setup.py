@@ -1,16 +1,22 @@
 """What commands work on: the model, its weights, its images."""
 
 import dataclasses
+import math
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ssvq_jax.cli.options import (
     BatchOptions,
     FolderOptions,
     ModelOptions,
+    TrainingOptions,
     check_apart,
     to_json,
 )
 from ssvq_jax.cli.weights import Weights, initial_weights, open_weights, run_config
+from ssvq_jax.memory import free_bytes
 from ssvq_jax.training.checkpoint import Which
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used
@@ -34,6 +40,47 @@ class Images:
     source: "ImageData"
     train: str
     held_out: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        return self.source.class_names(self.train)
+
+    @property
+    def classes_crc32(self) -> str | None:
+        """Checksum of the names, for packed files, which a list of 1,000 names would swell."""
+        names = "\n".join(self.class_names)
+        return f"{zlib.crc32(names.encode()):08x}" if names else None
+
+    def check_run(self, run: Mapping[str, Any], weights: Any) -> None:
+        """Compares the set with the one that a run was trained on.
+
+        Warns if files differ: results are then those of today's files.
+
+        Args:
+            run: configuration of the run, or what a packed file says of it.
+            weights: the run or file, for messages.
+
+        Raises:
+            ValueError: if the classes are others, or in another order.
+        """
+        names, trained = list(self.class_names), run.get("class_names")
+        same_sum = run.get("classes_crc32") in (None, self.classes_crc32)
+        if trained not in (None, names) or not same_sum:
+            others = "others" if trained is None else _listed(trained)
+            raise ValueError(
+                f"the classes of {self.source.name} are {_listed(names)}, and {weights} was "
+                f"trained on {others}: give the data set of the run, or name the folders as they "
+                "were"
+            )
+        same_set = run.get("data") == self.source.name
+        trained_on = run.get("data_fingerprint") if same_set else None
+        if trained_on not in (None, self.source.fingerprint()):
+            warnings.warn(
+                f"the files of {self.source.name} are not those that {weights} was trained on: "
+                "some were added, removed or changed",
+                stacklevel=2,
+            )
 
 
 OptionsT = TypeVar("OptionsT", bound=ModelOptions)
@@ -98,7 +145,11 @@ class Setup(Generic[OptionsT]):
     @property
     def told(self) -> dict[str, Any]:
         """What a packed file needs to be exported by itself."""
-        return {"image_shape": list(self.image_shape), "outputs": self.outputs}
+        return {
+            "image_shape": list(self.image_shape),
+            "outputs": self.outputs,
+            "classes_crc32": self.images.classes_crc32,
+        }
 
     def config(self, command: str, **changes: Any) -> dict[str, Any]:
         """What the run was asked for, and what that came to, for its folder."""
@@ -108,6 +159,8 @@ class Setup(Generic[OptionsT]):
             weights=self.weights.origin,
             train_split=self.images.train,
             eval_split=self.images.held_out,
+            class_names=list(self.images.class_names),
+            data_fingerprint=self.images.source.fingerprint(),
             **changes,
         )
 
@@ -132,23 +185,30 @@ def set_up(
     Raises:
         ValueError: for what is missing or does not fit.
     """
-    options = options.inherit(run_config(options.weights))
+    run, other_data = run_config(options.weights), options.data is not None
+    options = options.inherit(run)
     options.check()
     if isinstance(options, BatchOptions):
         options.check_batches()
     if isinstance(options, FolderOptions):
         check_apart(options.out, options.weights)
     images = open_images(options, open_model(options, None), augment or "none")
+    if run is not None and not (other_data and isinstance(options, TrainingOptions)):
+        images.check_run(run, options.weights)  # only training may change what classes mean
     classes = images.source.num_classes(images.train)
     model = open_model(options, classes)
     shape = images.source.image_shape(images.train)
     outputs = model.outputs(shape)
     if outputs < classes or options.classes not in (None, outputs):
+        listed = f"{options.data} has {classes}: {_listed(images.class_names)}"
+        if options.classes is not None and options.classes < classes:
+            raise ValueError(f"--classes {options.classes}, but {listed}; leave --classes out")
+        wanted = listed if options.classes is None else f"--classes is {options.classes}"
         raise ValueError(
-            f"model '{model.name}' gives {outputs} logits, but there are "
-            f"{options.classes or classes} classes: let its function take classes, or return a "
-            "model for so many"
+            f"model '{model.name}' gives {outputs} logits, but {wanted}; let its function take "
+            "classes, or return a model for so many"
         )
+    check_memory(model, shape, max(getattr(options, "batch_size", None) or 1, EVAL_BATCH))
     if initial and options.weights is None and model.variables is None:
         weights = initial_weights(model, shape, options.seed or 0)
     else:
@@ -206,6 +266,32 @@ def open_images(options: ModelOptions, model: "LoadedModel", augment: str = "non
             "e.g. train[:90%] and train[90%:]"
         )
     return Images(source, train, held_out)
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """Names of classes, the first of many."""
+    more = f", … ({len(names)})" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_memory(model: "LoadedModel", image_shape: tuple[int, int, int], batch: int) -> None:
+    """Estimates what weights and a batch of images take, before any of it is there.
+
+    Raises:
+        ValueError: if that is more than the memory that is free.
+    """
+    import jax
+
+    leaves = jax.tree.leaves(model.shapes(image_shape))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    needed, free = weights + 4 * batch * math.prod(image_shape), free_bytes()
+    if free is not None and needed > free:
+        height, width, _ = image_shape
+        raise ValueError(
+            f"{batch} images of {height} x {width} and the weights of model '{model.name}' take "
+            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free: give a smaller "
+            "--image-size or --batch-size"
+        )
 
 
 def open_model(options: ModelOptions, classes: int | None) -> "LoadedModel":

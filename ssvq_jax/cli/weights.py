@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssvq_jax.cli.packed import packed_config
-from ssvq_jax.cli.run_folder import read_config
+from ssvq_jax.cli.packed import PACKED, packed_config
+from ssvq_jax.cli.run_folder import is_run, read_config
 from ssvq_jax.training.average import start_average
 from ssvq_jax.training.checkpoint import Checkpoints, Which
 from ssvq_jax.training.identity import checksum
@@ -42,8 +42,12 @@ def run_config(weights: Path | None) -> dict[str, Any] | None:
     Raises:
         ValueError: for the folder of several runs, or what cannot be read.
     """
+    from ssvq_jax.models import is_tensors
+
     if weights is None or not weights.is_dir():
         return packed_config(weights)
+    if is_tensors(weights) and not is_run(weights):  # a Hugging Face folder has a config.json too
+        return None
     config = read_config(weights)
     if config is not None and config["command"] == "quickstart":
         files = sorted(str(file) for file in (weights / "packed").glob("*.safetensors"))
@@ -121,8 +125,17 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
     import jax
 
     folder = path / "checkpoints" / "model"
-    if not folder.is_dir():
-        raise ValueError(f"{path} has no checkpoints of one model: give a run of train or finetune")
+    command = (read_config(path) or {}).get("command")
+    if not any(step.name.isdigit() for step in folder.glob("*")):
+        if (path / PACKED).is_file():
+            return from_packed(path / PACKED, shapes)
+        if command not in ("train", "compress", "finetune"):
+            raise ValueError(
+                f"{path} is a run of `ssvq {command}`, which has no model: give others"
+            )
+        raise ValueError(
+            f"{path} is unfinished: run `ssvq {command}` again with the same options to go on"
+        )
     params, others = shapes["params"], {k: v for k, v in shapes.items() if k != "params"}
     with Checkpoints(folder, read_only=True) as checkpoints:  # the run may be going on
         plan = checkpoints.plan(which)
@@ -130,7 +143,10 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
         try:
             learned, fixed = split(jax.eval_shape(plan.init, jax.random.key(0), params))
         except ValueError as error:
-            raise ValueError(f"{path} is a run of another model: {error}") from error
+            first, *others = [x for x in str(error).splitlines() if not x.endswith("problems:")]
+            more = f" (and {len(others)} more problems)" if others else ""
+            reason = first.removeprefix("- ") + more
+            raise ValueError(f"{path} is a run of another model: {reason}") from error
         template = {"params": learned, "fixed": fixed, "model_state": others}
         if checkpoints.holds("average", which):  # by which the run is judged
             average = jax.eval_shape(start_average, learned, others)

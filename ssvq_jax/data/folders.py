@@ -1,7 +1,7 @@
 """Folders of images with one sub-folder for each class.
 
     <folder>/<split>/<class>/*.jpg      splits as the folder has them, or
-    <folder>/<class>/*.jpg              fixed splits: 80 % train, 10 % validation, 10 % test
+    <folder>/<class>/*.jpg              fixed splits: about 80 % train, 10 % validation, 10 % test
 
 Classes are the names of the sub-folders, sorted, over all splits together.
 """
@@ -9,13 +9,15 @@ Classes are the names of the sub-folders, sorted, over all splits together.
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from ssvq_jax.data.folder_layout import choose_files, read_layout
+from ssvq_jax.data.fingerprint import fingerprint_files
+from ssvq_jax.data.folder_layout import Layout, choose_files, read_layout
 from ssvq_jax.data.splits import PILLOW_MODES, Example
 
 MEASURED_FILES = 100_000
@@ -80,8 +82,9 @@ def open_folder(folder: str | os.PathLike[str], split: str, channels: int = 3) -
 
     A folder has splits of its own if a sub-folder called `train`, `val`, `validation`, `test` or
     the like has sub-folders; then every sub-folder with sub-folders is a split, and `val`, `valid`
-    and `dev` are called `validation`. In the fixed splits of other folders, classes with fewer than
-    three images only train.
+    and `dev` are called `validation`. In other folders the path of an image decides about its
+    split, so that images which are added later move no other; a class of a few images may be
+    missing in a split. Files that are passed over are counted in a warning.
 
     Args:
         folder: The image folder; a leading `~` is expanded.
@@ -104,7 +107,7 @@ def open_folder(folder: str | os.PathLike[str], split: str, channels: int = 3) -
     if channels not in PILLOW_MODES:
         raise ValueError(f"channels={channels}: give one of {sorted(PILLOW_MODES)}")
     root = _existing(folder)
-    names, splits = read_layout(root)
+    names, splits, _ = _layout(root)
     files = choose_files(root, split, splits)
     label = {name: position for position, name in enumerate(names)}
     labels = np.array([label[file.split("/")[-2]] for file in files], np.int32)
@@ -123,8 +126,36 @@ def folder_splits(folder: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
         ValueError: There is no such folder, or no images in class sub-folders.
     """
-    _, splits = read_layout(_existing(folder))
+    splits = _layout(_existing(folder)).splits
     return {key: len(files) for key, files in splits.items()}
+
+
+def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
+    """Computes a fingerprint of an image folder: classes, splits, files and their contents.
+
+    Args:
+        folder: As for `open_folder`.
+
+    Returns:
+        16 hexadecimal digits; see `ssvq_jax.data.fingerprint.fingerprint_files`.
+
+    Raises:
+        ValueError: There is no such folder, or no images in class sub-folders.
+    """
+    root = _existing(folder)
+    names, splits, _ = _layout(root)
+    files = [
+        (f"{split}: {file}", root / file) for split in sorted(splits) for file in splits[split]
+    ]
+    return fingerprint_files(names, files)
+
+
+def _layout(root: Path) -> Layout:
+    """Reads the layout of a folder, and warns of files that it passes over."""
+    layout = read_layout(root)
+    if layout.passed_over:
+        warnings.warn(layout.passed_over, stacklevel=3)
+    return layout
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:

@@ -98,6 +98,18 @@ class ImageData:
         """
         return sources.list_splits(self.name, self.data_dir)
 
+    def fingerprint(self) -> str:
+        """Returns a fingerprint of the set: of its classes, splits, files and their contents.
+
+        Raises:
+            ValueError: The set is not on disk, or cannot be read.
+        """
+        return sources.fingerprint(self.name, self.data_dir)
+
+    def class_names(self, split: str) -> tuple[str, ...]:
+        """Returns the names of the classes, in the order of the labels; empty if unknown."""
+        return _open(self.name, split, self.data_dir, self.channels).class_names
+
     def overlap(self, first: str, second: str) -> bool:
         """Says whether two splits have images in common.
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ssvq_jax.data import embedded
-from ssvq_jax.data.folders import FolderSplit, folder_splits, open_folder
+from ssvq_jax.data.fingerprint import fingerprint_files
+from ssvq_jax.data.folders import FolderSplit, folder_fingerprint, folder_splits, open_folder
 from ssvq_jax.data.splits import PILLOW_MODES, ArraySplit, RecordSplit
 
 CACHE_BYTES = 256 * 2**20
@@ -77,6 +78,31 @@ def list_splits(name: str, data_dir: str | os.PathLike[str] | None = None) -> di
         return folder_splits(name)
     with _prepared(name, data_dir) as root:
         return {key: info.num_examples for key, info in _open(name, root).info.splits.items()}
+
+
+def fingerprint(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
+    """Computes a fingerprint of a set or image folder: classes, splits, files, contents.
+
+    Args:
+        name: As for `load_split`.
+        data_dir: As for `load_split`.
+
+    Returns:
+        16 hexadecimal digits; see `ssvq_jax.data.fingerprint.fingerprint_files`.
+
+    Raises:
+        ValueError: The set is not on disk, or the folder is not one of images.
+    """
+    if _is_folder(name):
+        return folder_fingerprint(name)
+    with _prepared(name, data_dir) as root:
+        builder = _open(name, root)
+        splits = {
+            key: (info.num_examples, info.filepaths) for key, info in builder.info.splits.items()
+        }
+        about = (builder.info.full_name, {key: count for key, (count, _) in splits.items()})
+        files = [(path.name, path) for key in sorted(splits) for path in splits[key][1]]
+        return fingerprint_files((*about, _features(name, builder)[1]), files)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Checkpoints of a run: written in the background, atomic, exact (orbax).
 
 A checkpoint holds every leaf of the training state under its leaf path, and beside the arrays, as
-JSON: a format version, the plan, the position in the training data, and notes of the run. Orbax
-renames a finished folder into place, so one that is being written never looks like a checkpoint.
+JSON: a format version, the plan, the position in the training data, notes of the run, the
+validation loss, a checksum of every leaf, and one of all this. Whatever is read is compared with
+its checksum. Orbax renames a finished folder into place, so one that is being written never looks
+like a checkpoint.
 """
 
 import contextlib
@@ -13,14 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-
 from ssvq_jax.plan import Plan
+from ssvq_jax.sealed import seal, unseal
+from ssvq_jax.training.checksums import damaged_leaves, leaf_checksums
 from ssvq_jax.training.identity import check_leaf, check_plan, differences, plain
-from ssvq_jax.tree import PyTree, leaves_by_path
+from ssvq_jax.training.named_leaves import abstract, fill, leaf_name, named_leaves
+from ssvq_jax.training.quiet import one_error
+from ssvq_jax.tree import PyTree
 
-FORMAT = 1
+FORMAT = 2  # 1, of version 0.1, had no checksums
 SAVE_SECONDS = 60.0
 _STATE = "state"
 _METRIC = "loss"
@@ -56,6 +59,7 @@ class Checkpoints:
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> from ssvq_jax import make_plan
         >>> state = {"step": jnp.int32(3), "params": {"bias": jnp.ones(2)}}
         >>> plan = make_plan(state["params"], [(".*", None)])
@@ -134,13 +138,15 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the least validation loss; None if none was validated."""
-        losses: list[tuple[Any, int]] = [
-            (found.metrics[_METRIC], found.step)
-            for found in self._checkpointer.checkpoints
-            if isinstance(found.metrics, Mapping) and _METRIC in found.metrics
-        ]
-        return min(losses)[1] if losses else None
+        """Step of the checkpoint with the least validation loss; None if none was validated.
+
+        Raises:
+            ValueError: if a checkpoint is damaged.
+        """
+        steps = [found.step for found in self._checkpointer.checkpoints]
+        losses = {step: self._metadata(step)["loss"] for step in steps}
+        judged = [(loss, step) for step, loss in losses.items() if loss is not None]
+        return min(judged)[1] if judged else None
 
     def due(self, step: int) -> bool:
         """Whether the interval is over and no write is going on."""
@@ -169,14 +175,22 @@ class Checkpoints:
         Raises:
             OSError: if this or the previous checkpoint could not be written.
         """
-        metadata = {"format": FORMAT, "plan": plain(plan), "data": data, "notes": notes}
+        leaves = named_leaves(state)
+        metadata = {
+            "format": FORMAT,
+            "plan": plain(plan),
+            "data": data,
+            "notes": notes,
+            "loss": loss,
+            "checksums": leaf_checksums(leaves),
+        }
         try:
             self._writing = self._checkpointer.save_checkpointables_async(
                 step,
-                {_STATE: _leaves(state)},
+                {_STATE: leaves},
                 force=True,
                 metrics=None if loss is None else {_METRIC: loss},
-                custom_metadata=json.loads(json.dumps(metadata)),
+                custom_metadata=seal(metadata),
             )
         except Exception as error:
             raise self._not_written(error) from error
@@ -211,21 +225,25 @@ class Checkpoints:
             The state and what was saved with it.
 
         Raises:
-            ValueError: if there is none, or it is of another plan, format, shape or dtype.
+            ValueError: if there is none, it is of another plan, format, shape or dtype, or it is
+                damaged: the message names the leaf.
         """
         step = self._step(which)
         metadata = self._metadata(step)
         check_plan(self._name(step), metadata["plan"], plain(plan))
-        state = self._load(step, template, partial)
+        state = self._load(step, template, metadata["checksums"], partial)
         return Restored(state, metadata["data"], metadata["notes"])
 
     def check_asked(self, asked: Mapping[str, Any]) -> None:
         """Compares what a run is asked for with the ``asked`` of the last checkpoint's notes.
 
         Raises:
-            ValueError: if there is none, or another was asked for; it says what differs.
+            ValueError: if there is none, or another was asked for; it says what differs. If one of
+                the checkpoints is damaged: what is kept as the best depends on all of them.
         """
         step = self._step("last")
+        for other in self._checkpointer.checkpoints:
+            self._metadata(other.step)
         found = differences(self._metadata(step)["notes"].get("asked", {}), asked)
         if found:
             raise ValueError(
@@ -247,8 +265,8 @@ class Checkpoints:
         Raises:
             ValueError: if there is no checkpoint, or it cannot be read.
         """
-        stored = self._stored(self._step(which))
-        return any(_unescape(name).split("/")[0] == part for name in stored)
+        stored = self._metadata(self._step(which))["checksums"]
+        return any(leaf_name(name).split("/")[0] == part for name in stored)
 
     def _step(self, which: Which) -> int:
         step = self.last if which == "last" else self.best
@@ -260,11 +278,15 @@ class Checkpoints:
         return step
 
     def _metadata(self, step: int) -> dict[str, Any]:
-        try:
-            metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        if not isinstance(metadata, Mapping) or "format" not in metadata:
+        """What is written beside the arrays, checked."""
+        with self._reading(step):
+            found = self._checkpointer.checkpointables_metadata(step)
+            metadata: Any = found.custom_metadata
+            metrics = found.metrics
+            ours = isinstance(metadata, Mapping) and "format" in metadata
+            if ours and found.metadata.get(_STATE) is None:  # orbax takes none for an answer
+                raise ValueError("the list of its arrays cannot be read")
+        if not ours:
             raise ValueError(
                 f"{self._name(step)} is no checkpoint of ssvq_jax: give another folder"
             )
@@ -273,34 +295,47 @@ class Checkpoints:
                 f"{self._name(step)} has format {metadata['format']}, this version reads {FORMAT}: "
                 "install the version of ssvq_jax that wrote it"
             )
-        return dict(metadata)
+        try:
+            metadata = unseal(metadata, "what is written beside its arrays")
+        except ValueError as error:
+            raise self._damaged(step, str(error)) from None
+        loss = metrics.get(_METRIC) if isinstance(metrics, Mapping) else None
+        if json.dumps(loss) != json.dumps(metadata["loss"]):  # NaN is NaN here
+            raise self._damaged(step, f"its loss is {loss} and {metadata['loss']}")
+        return metadata
 
-    def _load(self, step: int, template: PyTree, partial: bool) -> PyTree:
-        wanted = {name: _abstract(leaf) for name, leaf in _leaves(template).items()}
+    def _load(
+        self, step: int, template: PyTree, checksums: Mapping[str, str], partial: bool
+    ) -> PyTree:
+        wanted = {name: abstract(leaf) for name, leaf in named_leaves(template).items()}
         stored = self._stored(step)
+        if set(stored) != set(checksums):
+            names = sorted(map(leaf_name, set(stored) ^ set(checksums)))
+            raise self._damaged(step, f"its list of arrays is wrong about {names[:3]}")
         for name, leaf in wanted.items():
-            check_leaf(self._name(step), _unescape(name), leaf, stored.get(name))
+            check_leaf(self._name(step), leaf_name(name), leaf, stored.get(name))
         extra = sorted(set(stored) - set(wanted))
         if extra and not partial:
             raise ValueError(
                 f"{self._name(step)} holds {len(extra)} leaves that this run does not have, e.g. "
-                f"'{_unescape(extra[0])}': it was saved with another model or optimizer"
+                f"'{leaf_name(extra[0])}': it was saved with another model or optimizer"
             )
-        try:
+        with self._reading(step):
             found = self._checkpointer.load_checkpointables(step, {_STATE: wanted})[_STATE]
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        return _fill(template, found)
+        if damaged := damaged_leaves(found, checksums):
+            names = ", ".join(f"'{leaf_name(name)}'" for name in damaged[:3])
+            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            raise self._damaged(step, f"the checksum does not fit leaf {names}{more}")
+        return fill(template, found)
 
     def _stored(self, step: int) -> Mapping[str, Any]:
         """What arrays there are, by name."""
-        try:
-            stored = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
-            if stored is None:
-                raise ValueError("the list of its arrays is missing")
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        return stored
+        with self._reading(step):
+            return self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+
+    def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Names the checkpoint in whatever orbax raises."""
+        return one_error(lambda error: self._damaged(step, _reason(error)))
 
     def _steps(self) -> list[int]:
         """Steps on disk; orbax also counts one that it could not write."""
@@ -309,12 +344,11 @@ class Checkpoints:
     def _name(self, step: int) -> str:
         return f"checkpoint {self.folder / str(step)}"
 
-    def _damaged(self, step: int, error: Exception) -> ValueError:
+    def _damaged(self, step: int, reason: str) -> ValueError:
         others = [other for other in self._steps() if other != step]
         hint = f"go on from {max(others)}" if others else "let the run start over"
         return ValueError(
-            f"{self._name(step)} cannot be read, or is damaged ({_reason(error)}): delete that "
-            f"folder to {hint}"
+            f"{self._name(step)} is damaged or incomplete ({reason}): delete that folder to {hint}"
         )
 
     def _not_written(self, error: Exception) -> OSError:
@@ -324,35 +358,6 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.folder} ({_reason(error)}); {last}: make "
             "room on the disk and run the same command again"
         )
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by name; orbax cannot store empty ones, and reads a dot in a name as a level."""
-    return {
-        path.replace("%", "%25").replace(".", "%2E"): leaf
-        for path, leaf in leaves_by_path(tree).items()
-        if leaf.size
-    }
-
-
-def _unescape(name: str) -> str:
-    return name.replace("%2E", ".").replace("%25", "%")
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and place of a leaf."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
-        jax.local_devices()[0]
-    )
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _fill(template: PyTree, found: Mapping[str, Any]) -> PyTree:
-    """Puts what was read in the place of a template's leaves."""
-    read = iter(found[name] for name in _leaves(template))
-    return jax.tree.map(
-        lambda leaf: next(read) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype), template
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -100,7 +100,7 @@ def finetune(
         "key": jax.random.key_data(key).tolist(),
         "weights": checksum((params if variables is None else variables, model_state)),
     }
-    run = Run(task, plan, name, seed, options, checkpoints, asked)
+    run = Run(task, plan, name, seed, options, checkpoints, metrics, asked)
     run_key = jax.random.split(key)[1]
 
     def begin(params: PyTree, variables: PyTree, model_state: PyTree) -> CompressionState:
@@ -118,7 +118,7 @@ def finetune(
     if "after" in run.notes:
         records = metrics.resume(name, steps) if metrics else []
     else:
-        state, records = run.train(state, steps, metrics)
+        state, records = run.train(state, steps)
         state = run.finish(state, steps)
     packed = plan.finalize(state.variables)
     before, after = (Evaluation(**run.notes[when]) for when in ("before", "after"))

@@ -12,6 +12,8 @@ import numpy as np
 from ssvq_jax.plan import Plan
 from ssvq_jax.tree import PyTree
 
+_MOST = 200  # characters of a value in a message
+
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Says where two nested dictionaries of JSON values differ.
@@ -22,10 +24,15 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """
     old, new = _flat(there), _flat(json.loads(json.dumps(here)))
     return [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}…"
 
 
 def _flat(data: Any, name: str = "") -> dict[str, Any]:

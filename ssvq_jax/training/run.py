@@ -104,10 +104,11 @@ class Run:
         seed: int,
         options: RunOptions,
         checkpoints: Checkpoints | None,
+        metrics: MetricsFile | None,
         asked: dict[str, Any],
     ) -> None:
         self.task, self.plan, self.name, self.seed = task, plan, name, seed
-        self.options, self.checkpoints = options, checkpoints
+        self.options, self.checkpoints, self.metrics = options, checkpoints, metrics
         self.layout = options.layout or local_layout()
         self.batches: Any = task.train_batches(seed)
         if checkpoints is not None and not hasattr(self.batches, "set_state"):
@@ -128,6 +129,9 @@ class Run:
         checkpoints.check_asked(self.notes["asked"])
         restored = checkpoints.restore(self.layout.shapes(shapes), self.plan)
         self.notes = restored.notes
+        if self.metrics is not None:
+            expected = self.notes.get("records", 0)
+            self.metrics.check(self.name, int(restored.state.step), expected)
         self.batches.set_state(restored.data)
         self._lap("resume")
         return restored.state
@@ -143,7 +147,7 @@ class Run:
         return state
 
     def train(
-        self, state: CompressionState, steps: int, metrics: MetricsFile | None
+        self, state: CompressionState, steps: int
     ) -> tuple[CompressionState, list[dict[str, Any]]]:
         """Runs the training loop."""
         step = make_train_step(
@@ -160,7 +164,7 @@ class Run:
             self.batches,
             steps,
             name=self.name,
-            metrics=metrics,
+            metrics=self.metrics,
             validate=self.validate,
             validate_every=self.options.validate_every,
             keep=self.keep,
@@ -213,6 +217,8 @@ class Run:
             return
         self._lap("train")
         data = self.batches.get_state()
+        if self.metrics is not None:
+            self.notes["records"] = self.metrics.count(self.name, step)
         self.checkpoints.save(step, state, self.plan, data=data, notes=self.notes, loss=loss)
 
     def _lap(self, part: str) -> None:

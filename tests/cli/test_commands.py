@@ -1,8 +1,10 @@
 """The commands together, as a user has them: an own model, an own folder of images."""
 
+import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,19 @@ class Pair(nn.Module):
 
 def pair():
     return Pair()
+
+class Moody(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        if train:
+            raise ValueError("not today")
+        return nn.Dense(3)(x.mean((1, 2)))
+
+def moody():
+    return Moody()
+
+def leaves():
+    raise SystemExit(0)
 """
 RECIPE = {
     "format": 1,
@@ -336,20 +351,38 @@ def test_a_terminated_run_saves_and_goes_on(trained, project):
         ),
         (["train", *IMAGES, "--out", "runs/x", "--remat"], "remat: model 'own_model:net' has no"),
         (["train", *IMAGES, "--out", "runs/x", "--eval-split", "train[90%:]"], "in common"),
-        (["train", *IMAGES, "--out", "recipe.json/x"], "out=recipe.json/x cannot be a folder"),
+        (["train", *IMAGES, "--out", "recipe.json/x"], "out=recipe.json/x cannot be made, since"),
         (
             ["train", "--model", "own_model:two", *IMAGES[2:], "--out", "runs/x"],
-            "gives 2 logits, but there are 3 classes",
+            "gives 2 logits, but ./pictures has 3: blue, green, red",
         ),
         (
             ["train", "--model", "own_model:pair", *IMAGES[2:], "--out", "runs/x"],
-            "returns tuple for one image: return logits [b, classes]",
+            "returns tuple for 2 images: return logits [b, classes]",
         ),
         (
             ["compress", "--weights", "runs/float", "--out", "runs/float"],
             "is where the weights are",
         ),
         (["plan", "--model", "own_model:net", "--image-size", "-3"], "images of size -3"),
+        (
+            ["train", *IMAGES, "--out", "runs/x", "--classes", "2"],
+            "--classes 2, but ./pictures has 3: blue, green, red",
+        ),
+        (["train", *IMAGES, "--out", "runs/x", "--image-size", "100000"], "100000 x 100000"),
+        (["eval", "--weights", "runs/float", "--out", "recipe.json"], "recipe.json is a file"),
+        (
+            ["plan", "--model", "deit_tiny", "--out", "runs"],
+            "out=runs is a folder: give a file",
+        ),
+        (
+            ["train", "--model", "own_model:moody", *IMAGES[2:], "--out", "runs/x"],
+            "in training (ValueError: not today)",
+        ),
+        (
+            ["train", "--model", "own_model:leaves", *IMAGES[2:], "--out", "runs/x"],
+            "the function failed (SystemExit",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(trained, ssvq, project, arguments, message):
@@ -360,6 +393,65 @@ def test_bad_input_is_one_line_and_leaves_nothing(trained, ssvq, project, argume
     assert message in text
     assert "\n" not in text
     assert not (project / "runs/x").exists()
+
+
+# The data of a run are part of it
+
+
+def test_a_renamed_class_is_no_lower_accuracy(trained, ssvq, project):
+    shutil.copytree(project / "pictures", project / "renamed")
+    for split in ("train", "validation", "test"):
+        (project / "renamed" / split / "blue").rename(project / "renamed" / split / "violet")
+    message = (
+        "classes of ./renamed are green, red, violet, and runs/float was trained on blue, green"
+    )
+    with pytest.raises(SystemExit, match=message):
+        ssvq("eval", "--weights", "runs/float", "--data", "./renamed")
+    with pytest.raises(SystemExit, match=message):
+        ssvq("compress", "--weights", "runs/float", "--data", "./renamed", "--out", "runs/violet")
+    with pytest.raises(SystemExit, match="green, red, violet, and .* was trained on others"):
+        ssvq("eval", "--weights", "runs/float/model.safetensors", "--data", "./renamed")
+
+
+def test_classes_that_change_places_are_noticed(ssvq, project):
+    shutil.copytree(project / "pictures", project / "swapped")
+    data = ["--model", "own_model:net", "--data", "./swapped", "--batch-size", "16"]
+    train = ["train", *data, "--steps", "2", "--out", "runs/swapped"]
+    ssvq(*train)
+    folder = project / "swapped" / "train"
+    (folder / "red").rename(folder / "x")
+    (folder / "green").rename(folder / "red")
+    (folder / "x").rename(folder / "green")
+    with pytest.raises(SystemExit, match=r"runs/swapped holds a run of another .*data_fingerprint"):
+        ssvq(*train)
+    with pytest.warns(UserWarning, match=r"files of ./swapped are not those that runs/swapped was"):
+        ssvq("eval", "--weights", "runs/swapped", "--out", "runs/swapped-judged")
+
+
+def test_an_unfinished_run_says_so(trained, ssvq, project):
+    ssvq("compress", "--weights", trained, "--recipe", "recipe.json", "--out", "runs/begun")
+    shutil.rmtree(project / "runs/begun/checkpoints")
+    (project / "runs/begun/model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="begun is unfinished: run `ssvq compress` again"):
+        ssvq("eval", "--weights", "runs/begun")
+
+
+@pytest.mark.parametrize("victim", ["state/d/*", "state/_METADATA", "_CHECKPOINT_METADATA"])
+def test_a_damaged_checkpoint_is_one_line(trained, ssvq, project, victim, capsys):
+    shutil.copytree(trained, project / "runs" / "damaged", dirs_exist_ok=True)
+    for step in (project / "runs" / "damaged" / "checkpoints" / "model").iterdir():
+        for file in step.glob(victim):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    with pytest.raises(
+        SystemExit, match=r"checkpoint .*damaged.* is damaged or incomplete"
+    ) as stop:
+        ssvq("eval", "--weights", "runs/damaged")
+    assert "\n" not in str(stop.value.code)
+    gc.collect()
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(project / "runs" / "damaged")
 
 
 # Training recipes and distillation
@@ -426,7 +518,7 @@ def test_finetune_learns_from_the_float_model(trained, ssvq, project):
             "label_smoothing=0.1: with a distill of 1",
         ),
         (["--features", "nothing"], "the pattern matches no inner module"),
-        (["--features", "["], "features='[' is no regular expression"),
+        (["--features", "["], "features: '[' is not a regular expression"),
         (["--features", "hidden", "--feature-weight", "0"], "feature_weight=0"),
         (["--average-decay", "1"], "average_decay=1"),
         (["--label-smoothing", "1"], "label_smoothing=1"),

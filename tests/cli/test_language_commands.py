@@ -254,7 +254,7 @@ def test_pack_keeps_what_a_file_says(compressed, original, ssvq, tmp_path):
         (["eval", "--weights", "MODEL", "--text", "blank.txt", "--window", "9"],
          "blank.txt holds no text"),
         (["eval", "--weights", "MODEL", "--text", "bytes.txt", "--window", "9"],
-         "bytes.txt is no text in UTF-8"),
+         "bytes.txt is not text in UTF-8"),
         (["eval", "--weights", "MODEL", "--text", "no.bz2", "--window", "9"],
          "cannot be read as a Wikipedia dump"),
         (

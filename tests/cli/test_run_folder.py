@@ -11,7 +11,7 @@ CONFIG = {"command": "train", "steps": 10, "out": "a", "optimizer": {"dense": 0.
 def begin(path, config):
     """A run that has come to its first record."""
     RunFolder(path, config)
-    (path / "metrics.jsonl").write_text("{}\n")
+    MetricsFile(path / "metrics.jsonl").append({"run": "a", "step": 1})
 
 
 def test_the_same_configuration_goes_on(tmp_path):
@@ -87,7 +87,7 @@ def test_folders_that_are_no_runs_are_left_alone(tmp_path, resume):
     with pytest.raises(ValueError, match="is not of a run of ssvq"):
         RunFolder(tmp_path, CONFIG, resume=resume)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is damaged"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         RunFolder(tmp_path, CONFIG, resume=resume)
     assert (tmp_path / "checkpoints").exists()
 
@@ -99,10 +99,56 @@ def test_records_cut_off_by_an_interrupt_are_dropped(tmp_path):
         for step in (10, 20):
             metrics.append({"run": run, "step": step})
     with metrics.path.open("a") as file:
-        file.write('5\n{"run": "b", "st')
+        file.write('{"run": "b", "st')
     assert len(metrics.read()) == 4
     assert [r["step"] for r in metrics.resume("b", 10)] == [10]
-    lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
-    assert lines == [
+    assert metrics.path.read_text().endswith("\n")
+    assert metrics.read() == [
         {"run": "a", "step": 10}, {"run": "a", "step": 20}, {"run": "b", "step": 10},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '5', '{}', '{"run": "b"', '[' * 5000, '{"run": "b", "step": 10}',
+        '{"run": "a", "step": 21, "checksum": "00000000"}', '\u00e9',
+    ],
+)  # fmt: skip
+def test_a_malformed_record_is_named(tmp_path, line):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append({"run": "a", "step": 10})
+    with metrics.path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    metrics.append({"run": "a", "step": 20})
+    with pytest.raises(
+        ValueError, match=r"line 2 of .*metrics.jsonl .* delete it to go on"
+    ) as error:
+        metrics.read()
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_files_of_a_run_that_are_no_text(tmp_path, name):
+    begin(tmp_path, CONFIG)
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=f"{name} is not text in UTF-8"):
+        RunFolder(tmp_path, CONFIG).metrics.read()
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} cannot be read .it is a folder"):
+        RunFolder(tmp_path, CONFIG).metrics.read()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x | {"steps": 11}, lambda x: {"command": "train"}, lambda x: x | {"steps": "ten"}],
+)
+def test_a_config_that_is_not_what_was_written_is_refused(tmp_path, change):
+    begin(tmp_path, CONFIG)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=r"config.json .*(checksum|edited).*--no-resume"):
+        RunFolder(tmp_path, CONFIG)
+    RunFolder(tmp_path, CONFIG, resume=False)  # starts over
+    assert read_config(tmp_path) == {**CONFIG, "names": [1, 2]}

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ssvq_jax as ssvq
 from ssvq_jax.training.batch_norm import reestimate_batch_norm
 from ssvq_jax.training.checkpoint import Checkpoints
+from ssvq_jax.training.checksums import leaf_checksums
 from ssvq_jax.training.evaluation import make_evaluate
 from ssvq_jax.training.finetune import finetune
-from ssvq_jax.training.layout import local_layout
+from ssvq_jax.training.layout import AXIS, local_layout
 from ssvq_jax.training.optimizer import FreezeConfig, OptimizerConfig, make_optimizer
 from ssvq_jax.training.run import Task
 from ssvq_jax.training.step import linen_forward, make_state, make_train_step
@@ -247,3 +249,13 @@ def test_finetune_refuses_a_batch_before_it_encodes(start):
             task, start[0], {}, key=jax.random.key(0), seed=0, steps=1, optimizer=OPTIMIZER,
             name="x",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_checksums_do_not_depend_on_how_a_leaf_lies(dtype):
+    leaf = jnp.asarray(np.random.default_rng(0).integers(-100, 100, (16, 24, 8)), dtype)
+    (alone,) = leaf_checksums({"leaf": leaf}).values()
+    layout = local_layout()
+    for axes in ((AXIS,), (None, AXIS), (None, None, AXIS), ()):
+        placed = jax.device_put(leaf, NamedSharding(layout.mesh, PartitionSpec(*axes)))
+        assert leaf_checksums({"leaf": placed}) == {"leaf": alone}

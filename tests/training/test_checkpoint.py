@@ -172,7 +172,10 @@ def test_damage_is_named(tmp_path, victim):
     save(tmp_path, tree, plan)
     path = tmp_path / "1" / victim
     shutil.rmtree(path) if path.is_dir() else path.write_bytes(path.read_bytes()[:7])
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="1 cannot be read"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="1 is damaged or incomplete"),
+    ):
         checkpoints.restore(tree, plan)
 
 

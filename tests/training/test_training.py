@@ -1,4 +1,3 @@
-import json
 import signal
 
 import chex
@@ -84,7 +83,7 @@ def test_finetune_recovers_what_compression_lost(tmp_path):
     )  # fmt: skip
     assert done.before.loss > floating.after.loss
     assert done.after.loss < done.before.loss
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = MetricsFile(file).read()
     assert lines == done.records
     assert [line["step"] for line in lines] == list(range(10, 101, 10))
     assert 0 < lines[-1]["frozen"] <= lines[-1]["flipped"] < 1
