@@ -19,7 +19,7 @@ def seal(data: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> seal({"steps": 10})
-        {'steps': 10, 'checksum': '3fcb0ffb'}
+        {'steps': 10, 'checksum': '8c9951ee'}
     """
     plain = json.loads(json.dumps(data))
     return {**plain, CHECKSUM: _crc32(plain)}
