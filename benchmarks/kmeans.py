@@ -240,9 +240,8 @@ def extra_memory(size: Size, config: Config) -> float:
     ]
     found = []
     for run in runs:
-        pathlib.Path("/proc/self/clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # the peak begins anew
+        # The peak begins anew.
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         before = memory("VmRSS")
         run()
         found.append(memory("VmHWM") - before)

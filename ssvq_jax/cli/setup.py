@@ -1,6 +1,7 @@
 """What commands work on: the model, its weights, its images."""
 
 import dataclasses
+import functools
 import math
 import warnings
 import zlib
@@ -46,6 +47,11 @@ class Images:
         """Names of the classes, in the order of the labels."""
         return self.source.class_names(self.train)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the set's files."""
+        return self.source.fingerprint()
+
     @property
     def classes_crc32(self) -> str | None:
         """Checksum of the names, for packed files, which a list of 1,000 names would swell."""
@@ -55,7 +61,7 @@ class Images:
     def check_run(self, run: Mapping[str, Any], weights: Any) -> None:
         """Compares the set with the one that a run was trained on.
 
-        Warns if files differ: results are then those of today's files.
+        Warns if files differ, since results are then of other images.
 
         Args:
             run: configuration of the run, or what a packed file says of it.
@@ -75,7 +81,7 @@ class Images:
             )
         same_set = run.get("data") == self.source.name
         trained_on = run.get("data_fingerprint") if same_set else None
-        if trained_on not in (None, self.source.fingerprint()):
+        if trained_on not in (None, self.fingerprint):
             warnings.warn(
                 f"the files of {self.source.name} are not those that {weights} was trained on: "
                 "some were added, removed or changed",
@@ -160,7 +166,7 @@ class Setup(Generic[OptionsT]):
             train_split=self.images.train,
             eval_split=self.images.held_out,
             class_names=list(self.images.class_names),
-            data_fingerprint=self.images.source.fingerprint(),
+            data_fingerprint=self.images.fingerprint,
             **changes,
         )
 

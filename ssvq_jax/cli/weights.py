@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssvq_jax.cli.packed import PACKED, packed_config
 from ssvq_jax.cli.run_folder import is_run, read_config
+from ssvq_jax.problems import ProblemsError
 from ssvq_jax.training.average import start_average
 from ssvq_jax.training.checkpoint import Checkpoints, Which
 from ssvq_jax.training.identity import checksum
@@ -142,11 +143,10 @@ def _from_run(path: Path, shapes: Mapping[str, Any], which: Which) -> Weights:
         params = _with_dtypes(params, plan)
         try:
             learned, fixed = split(jax.eval_shape(plan.init, jax.random.key(0), params))
-        except ValueError as error:
-            first, *others = [x for x in str(error).splitlines() if not x.endswith("problems:")]
+        except ProblemsError as error:
+            first, *others = error.problems
             more = f" (and {len(others)} more problems)" if others else ""
-            reason = first.removeprefix("- ") + more
-            raise ValueError(f"{path} is a run of another model: {reason}") from error
+            raise ValueError(f"{path} is a run of another model: {first}{more}") from error
         template = {"params": learned, "fixed": fixed, "model_state": others}
         if checkpoints.holds("average", which):  # by which the run is judged
             average = jax.eval_shape(start_average, learned, others)

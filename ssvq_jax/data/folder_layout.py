@@ -65,18 +65,26 @@ def read_layout(root: Path) -> Layout:
     names = tuple(sorted({name for classes in classes_of.values() for name in classes}, key=_nfc))
     _check_classes(root, names, classes_of)
     splits = {key: _mixed(classes) for key, classes in _with_fixed_splits(classes_of).items()}
-    return Layout(names, splits, _describe(root, others))
+    where = "are {} files directly in the folder of their class"
+    return Layout(names, splits, describe_passed_over(root, others, where))
 
 
-def _describe(root: Path, others: Mapping[str, int]) -> str:
-    """Says which files were passed over; they are counted by kind."""
+def describe_passed_over(root: Path, others: Mapping[str, int], images: str) -> str:
+    """Counts the files that are passed over, in a sentence.
+
+    Args:
+        root: The folder.
+        others: Number of files by kind.
+        images: What images do instead; their endings take the place of ``{}``.
+
+    Returns:
+        The sentence; empty if there are no such files.
+    """
     if not others:
         return ""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-    return (
-        f"{sum(others.values())} files in {root} are passed over ({kinds}): images are "
-        f"{', '.join(SUFFIXES)} files directly in the folder of their class"
-    )
+    rule = images.format(", ".join(SUFFIXES))
+    return f"{sum(others.values())} files in {root} are passed over ({kinds}): images {rule}"
 
 
 def _read(root: Path, others: collections.Counter[str]) -> dict[str, dict[str, list[str]]]:
@@ -126,7 +134,7 @@ def _images(root: Path, folder: str, others: collections.Counter[str]) -> list[s
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path ends as those of images do, and is not hidden."""
+    """Whether a path has the ending of an image, and is not hidden."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 

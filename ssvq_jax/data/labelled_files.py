@@ -5,7 +5,7 @@ import csv
 import warnings
 from pathlib import Path
 
-from ssvq_jax.data.folder_layout import SUFFIXES, is_image, kind_of
+from ssvq_jax.data.folder_layout import SUFFIXES, describe_passed_over, is_image, kind_of
 
 
 def find_images(folder: Path) -> list[str]:
@@ -27,13 +27,8 @@ def find_images(folder: Path) -> list[str]:
     if not found:
         raise ValueError(f"no images in {folder}: its files end in none of {', '.join(SUFFIXES)}")
     others = collections.Counter(kind_of(x.name) for x in files if not is_image(x))
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        warnings.warn(
-            f"{others.total()} files in {folder} are passed over ({kinds}): images end in "
-            f"{', '.join(SUFFIXES)}",
-            stacklevel=2,
-        )
+    if passed_over := describe_passed_over(folder, others, "end in {}"):
+        warnings.warn(passed_over, stacklevel=2)
     return sorted(x.relative_to(folder).as_posix() for x in found)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from ssvq_jax.models.registry import (
     REGISTRY,
@@ -87,8 +87,10 @@ class LoadedModel:
             ValueError: if the model cannot be called with such images.
         """
         with self._calling(image_shape):
-            # Shapes only: XLA leaves the images and what is computed from them out.
-            init = jax.jit(lambda k: self.module.init(k, _images(1, image_shape), **self._mode()))
+            # XLA leaves out the images and what is computed from them.
+            init = jax.jit(
+                lambda k: self.module.init(k, jnp.zeros((1, *image_shape)), **self._mode())
+            )
             return dict(init(key))
 
     def outputs(self, image_shape: tuple[int, int, int]) -> int:
@@ -101,7 +103,7 @@ class LoadedModel:
             logits, _ = jax.eval_shape(
                 lambda k, x: self.module.init_with_output(k, x, **self._mode()),
                 jax.random.key(0),
-                _shape_of_images(_BATCH, image_shape),
+                _trial(image_shape),
             )
         return self._classes(logits, "")
 
@@ -120,7 +122,7 @@ class LoadedModel:
                 ),
                 variables,
                 jax.random.key(0),
-                _shape_of_images(_BATCH, image_shape),
+                _trial(image_shape),
             )
         classes, usual = self._classes(logits, " in training"), self.outputs(image_shape)
         if classes != usual:
@@ -251,12 +253,9 @@ def load_model(name: str, *, classes: int | None = None, scan: bool = False) -> 
     )
 
 
-def _images(batch: int, image_shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
-    return jnp.zeros((batch, *image_shape))
-
-
-def _shape_of_images(batch: int, image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+def _trial(image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    """Images of a trial call, which take no memory."""
+    return jax.ShapeDtypeStruct((_BATCH, *image_shape), jnp.float32)
 
 
 def _find(name: str) -> Any:

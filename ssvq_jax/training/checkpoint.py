@@ -145,8 +145,8 @@ class Checkpoints:
         """
         steps = [found.step for found in self._checkpointer.checkpoints]
         losses = {step: self._metadata(step)["loss"] for step in steps}
-        judged = [(loss, step) for step, loss in losses.items() if loss is not None]
-        return min(judged)[1] if judged else None
+        validated = [(loss, step) for step, loss in losses.items() if loss is not None]
+        return min(validated)[1] if validated else None
 
     def due(self, step: int) -> bool:
         """Whether the interval is over and no write is going on."""
@@ -229,9 +229,9 @@ class Checkpoints:
                 damaged: the message names the leaf.
         """
         step = self._step(which)
-        metadata = self._metadata(step)
+        metadata, stored = self._described(step)
         check_plan(self._name(step), metadata["plan"], plain(plan))
-        state = self._load(step, template, metadata["checksums"], partial)
+        state = self._load(step, template, metadata["checksums"], stored, partial)
         return Restored(state, metadata["data"], metadata["notes"])
 
     def check_asked(self, asked: Mapping[str, Any]) -> None:
@@ -279,16 +279,21 @@ class Checkpoints:
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """What is written beside the arrays, checked."""
+        return self._described(step)[0]
+
+    def _described(self, step: int) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """What is written beside the arrays, checked, and what arrays there are by name."""
         with self._reading(step):
             found = self._checkpointer.checkpointables_metadata(step)
             metadata: Any = found.custom_metadata
-            metrics = found.metrics
+            metrics, stored = found.metrics, found.metadata.get(_STATE)
             ours = isinstance(metadata, Mapping) and "format" in metadata
-            if ours and found.metadata.get(_STATE) is None:  # orbax takes none for an answer
+            if ours and stored is None:  # orbax takes none for an answer
                 raise ValueError("the list of its arrays cannot be read")
         if not ours:
             raise ValueError(
-                f"{self._name(step)} is no checkpoint of ssvq_jax: give another folder"
+                f"{self._name(step)} is no checkpoint of ssvq_jax, or is damaged: give another "
+                "folder"
             )
         if metadata["format"] != FORMAT:
             raise ValueError(
@@ -302,13 +307,17 @@ class Checkpoints:
         loss = metrics.get(_METRIC) if isinstance(metrics, Mapping) else None
         if json.dumps(loss) != json.dumps(metadata["loss"]):  # NaN is NaN here
             raise self._damaged(step, f"its loss is {loss} and {metadata['loss']}")
-        return metadata
+        return metadata, stored or {}
 
     def _load(
-        self, step: int, template: PyTree, checksums: Mapping[str, str], partial: bool
+        self,
+        step: int,
+        template: PyTree,
+        checksums: Mapping[str, str],
+        stored: Mapping[str, Any],
+        partial: bool,
     ) -> PyTree:
         wanted = {name: abstract(leaf) for name, leaf in named_leaves(template).items()}
-        stored = self._stored(step)
         if set(stored) != set(checksums):
             names = sorted(map(leaf_name, set(stored) ^ set(checksums)))
             raise self._damaged(step, f"its list of arrays is wrong about {names[:3]}")
@@ -327,11 +336,6 @@ class Checkpoints:
             more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
             raise self._damaged(step, f"the checksum does not fit leaf {names}{more}")
         return fill(template, found)
-
-    def _stored(self, step: int) -> Mapping[str, Any]:
-        """What arrays there are, by name."""
-        with self._reading(step):
-            return self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
 
     def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Names the checkpoint in whatever orbax raises."""

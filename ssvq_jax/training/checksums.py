@@ -62,7 +62,7 @@ def _checksum(leaf: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 
 def _words(leaf: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
-    """The bits of an array as 32-bit words; those of wider elements along a last axis."""
+    """The bits of an array as 32-bit words; an element of 64 bits gives two, along a new axis."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
