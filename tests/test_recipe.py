@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from ssvq_jax import PRESETS, Rule, SignSplit, load_recipe, make_plan
 from ssvq_jax.models import create, param_shapes
+from ssvq_jax.path_patterns import matches
 from ssvq_jax.recipe import as_recipe, recipe_from_json, recipe_to_json
 
 
@@ -62,7 +64,10 @@ def test_patterns_match_whole_paths():
             lambda: recipe_from_json({"format": 1, "rules": [], "rule": [], "x": 1}),
             r"the keys 'format' and 'rules' and no \['rule', 'x'\]",
         ),
-        (lambda: Rule("((a{50}){50}){50}", None), "repeats up to 125,000 times"),
+        (
+            lambda: Rule("((a{50}){50}){50}", None),
+            "has 127,550 parts once its counts are",
+        ),
         (lambda: Rule("a" * 5000, None), "has 5000 characters: give at most 4096"),
         (
             lambda: recipe_from_json({"format": 1, "rules": [{"pattern": "a"}]}),
@@ -175,3 +180,39 @@ def test_presets_match_as_with_re():
         for rule in recipe:
             for path in paths:
                 assert rule.matches(path) == (re.fullmatch(rule.pattern, path) is not None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        ("block{i}/kernel", "blockXYZ/kernel"),
+        ("block{i}/kernel", "block{i}/kernel"),
+        ("(?:kernel){e}", "bias"),
+        ("kernel{e<=1}", "kernals"),
+        ("[[:alpha:]]+", "abc"),
+        ("[]a]+", "]a"),
+        ("x{,}", "xxx"),
+        ("/".join(["[a-z]{1,20}"] * 4), "a/bc/def/g"),
+        (r"\d{4}/" * 7, "1234/" * 7),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
+def test_patterns_mean_what_they_do_in_re(pattern, path):
+    assert matches(pattern, path) == (re.fullmatch(pattern, path) is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
+def test_random_patterns_mean_what_they_do_in_re():
+    draw, compared = random.Random(0), 0
+    parts = ["a", "b", "/", ".", "{", "}", "[", "]", "(", ")", "{2}", "{1,2}", "{,2}", "{,}", "{i}"]
+    parts += ["*", "+", "?", "|", "^", "$", r"\d", r"\{", "[ab]", "[[a]", "[:a:]", "(?:", "(?=a"]
+    parts += ["(?!b", "-", ":", "1", ",", "&&"]
+    while compared < 1000:
+        pattern = "".join(draw.choices(parts, k=draw.randint(1, 6)))
+        try:
+            usual = re.compile(pattern)
+        except re.error:
+            continue
+        path = "".join(draw.choices("ab/{}1i,[]:-&", k=draw.randint(0, 4)))
+        assert matches(pattern, path) == (usual.fullmatch(path) is not None), (pattern, path)
+        compared += 1

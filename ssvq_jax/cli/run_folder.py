@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssvq_jax.json_files import read_json
-from ssvq_jax.sealed import seal, unseal
+from ssvq_jax.sealed import CHECKSUM, seal, unseal
 
 # How a run is carried out, or where its data lie, may change when a run goes on.
 _MAY_CHANGE = frozenset(
@@ -102,14 +102,14 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder's ``config.json`` is that of a run, or cannot be read."""
+    """Whether a folder is that of a run; its ``config.json`` may be damaged all the same."""
     if not (path / "config.json").exists():
-        return False
+        return any((path / name).exists() for name in ("checkpoints", "metrics.jsonl"))
     try:
         data = read_json(path / "config.json")
     except ValueError:
         return True
-    return isinstance(data, dict) and "command" in data
+    return isinstance(data, dict) and ("command" in data or CHECKSUM in data)
 
 
 def _replaced(path: Path) -> dict[str, Any] | None:
@@ -117,9 +117,10 @@ def _replaced(path: Path) -> dict[str, Any] | None:
     try:
         return read_config(path)
     except ValueError:
-        if is_run(path):
-            with contextlib.suppress(ValueError):
-                return read_json(path / "config.json")
+        with contextlib.suppress(ValueError):
+            data = read_json(path / "config.json")
+            if isinstance(data, dict) and "command" in data:
+                return data
         raise
 
 

@@ -50,6 +50,11 @@ def run_config(weights: Path | None) -> dict[str, Any] | None:
     if is_tensors(weights) and not is_run(weights):  # a Hugging Face folder has a config.json too
         return None
     config = read_config(weights)
+    if config is None and is_run(weights):
+        raise ValueError(
+            f"{weights} is a run that has lost its config.json: give a file in it, e.g. "
+            f"{weights / PACKED}"
+        )
     if config is not None and config["command"] == "quickstart":
         files = sorted(str(file) for file in (weights / "packed").glob("*.safetensors"))
         raise ValueError(f"{weights} holds several models: give one of its files, {files}")

@@ -102,9 +102,12 @@ def _load_shards(index: Path) -> dict[str, Any]:
         raise ValueError(f"{index} is no index of shards: it needs a 'weight_map' of file names")
     tensors: dict[str, Any] = {}
     for name in sorted(set(listed.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{index} names the shard '{name}': shards lie in the same folder")
-        tensors |= load_tensors(index.parent / name)
+        if Path(name).name != name or not name.endswith(SAFETENSORS):
+            raise ValueError(
+                f"{index} names the shard '{name}': shards are {SAFETENSORS} files in the same "
+                "folder"
+            )
+        tensors |= _load_safetensors(index.parent / name)
     if missing := sorted(set(listed) - set(tensors)):
         raise ValueError(f"{index} lists {len(missing)} missing tensors, e.g. '{missing[0]}'")
     return tensors

@@ -436,6 +436,23 @@ def test_an_unfinished_run_says_so(trained, ssvq, project):
         ssvq("eval", "--weights", "runs/begun")
 
 
+@pytest.mark.parametrize("damage", ["key", "gone", "text"])
+def test_a_run_with_a_damaged_config_is_no_folder_of_tensors(trained, ssvq, project, damage):
+    folder = project / "runs" / f"config-{damage}"
+    shutil.copytree(trained, folder)
+    file = folder / "config.json"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "key":
+        file.write_text(file.read_text().replace('"command"', '"commanc"'))
+    else:
+        file.write_text("{")
+    with pytest.raises(SystemExit, match="config.json|config-gone") as stop:
+        ssvq("compress", "--weights", folder, "--recipe", "uniform-8bit", "--out", "runs/x")
+    assert "dense.float32" not in str(stop.value.code)
+    assert not (project / "runs/x").exists()
+
+
 @pytest.mark.parametrize("victim", ["state/d/*", "state/_METADATA", "_CHECKPOINT_METADATA"])
 def test_a_damaged_checkpoint_is_one_line(trained, ssvq, project, victim, capsys):
     shutil.copytree(trained, project / "runs" / "damaged", dirs_exist_ok=True)

@@ -267,7 +267,10 @@ def test_shards_and_float8(tmp_path):
     with pytest.raises(ValueError, match="without an index .model-1.safetensors, model-2"):
         load_tensors(tmp_path)
     for data, message in (
-        ({"weight_map": {"x": "../secret.safetensors"}}, "shards lie in the same folder"),
+        ({"weight_map": {"x": "../secret.safetensors"}}, "files in the same folder"),
+        ({"weight_map": {"x": ""}}, "names the shard '': shards are .safetensors files"),
+        ({"weight_map": {"x": ".."}}, "names the shard '..': shards are"),
+        ({"weight_map": {"x": "model.safetensors.index.json"}}, "names the shard 'model"),
         ({"weight_map": {"w": "model-1.safetensors"}}, "lists 1 missing tensors, e.g. 'w'"),
         ({"weight_map": 3}, "is no index of shards"),
         ([], "is no index of shards"),
