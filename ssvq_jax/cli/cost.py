@@ -209,7 +209,14 @@ class CostCommand:
         def logits(params: Any, state: Any, images: Any) -> Any:
             return forward(params, state, images, None)[0]
 
-        return read_workload(logits, params, variables, images), params
+        try:
+            return read_workload(logits, params, variables, images), params
+        except ValueError as error:
+            height, width, _ = image_shape
+            raise ValueError(
+                f"with --batch {self.batch} and images of {height} x {width} (--image-size): "
+                f"{error}"
+            ) from error
 
     def _baseline(self, workload: "Workload", shapes: Any) -> "Layers":
         from ssvq_jax.hardware import with_bits, with_plan

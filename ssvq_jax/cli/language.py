@@ -200,11 +200,11 @@ def _published(name: str | None) -> Path:
 
 def _is_hub_folder(path: Path) -> bool:
     """Whether a folder is a model as on the Hugging Face hub, and not one of our runs."""
-    import json
+    from ssvq_jax.json_files import read_json
 
     try:
-        told = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = read_json(path / "config.json")
+    except ValueError:
         return False
     return isinstance(told, dict) and "model_type" in told
 

@@ -15,7 +15,7 @@ PACKED = "model.safetensors"  # in the folder of a run
 
 # A file goes to other machines, and its batch statistics are those that it was judged with.
 _OF_THE_RUN = frozenset({"data_dir", "batch_norm_batches"})
-_SHAPES = frozenset({"image_shape", "outputs", "classes_crc32"})
+_SHAPES = frozenset({"image_shape", "outputs", "classes_crc32", "data_fingerprint"})
 _LANGUAGE = frozenset({"task", "sizes", "vocabulary_crc32", "float_crc32"})
 
 

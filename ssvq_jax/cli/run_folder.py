@@ -95,9 +95,10 @@ def read_config(path: Path) -> dict[str, Any] | None:
     try:
         return unseal(data, str(file))
     except ValueError as error:
+        packed = path / "model.safetensors"
+        hint = f"; a run of version 0.1 can be opened by {packed}" if packed.exists() else ""
         raise ValueError(
-            f"{error}: give another --out, or --no-resume to start over; a run of version 0.1 can "
-            f"be opened by {path / 'model.safetensors'}"
+            f"{error}: give another --out, or --no-resume to start over{hint}"
         ) from None
 
 

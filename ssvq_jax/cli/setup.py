@@ -155,6 +155,7 @@ class Setup(Generic[OptionsT]):
             "image_shape": list(self.image_shape),
             "outputs": self.outputs,
             "classes_crc32": self.images.classes_crc32,
+            "data_fingerprint": self.images.fingerprint,
         }
 
     def config(self, command: str, **changes: Any) -> dict[str, Any]:
@@ -206,7 +207,8 @@ def set_up(
     shape = images.source.image_shape(images.train)
     outputs = model.outputs(shape)
     if outputs < classes or options.classes not in (None, outputs):
-        listed = f"{options.data} has {classes}: {_listed(images.class_names)}"
+        names = _listed(images.class_names)
+        listed = f"{options.data} has {classes}" + (f": {names}" if names else " classes")
         if options.classes is not None and options.classes < classes:
             raise ValueError(f"--classes {options.classes}, but {listed}; leave --classes out")
         wanted = listed if options.classes is None else f"--classes is {options.classes}"

@@ -37,7 +37,7 @@ def fingerprint_files(about: Any, files: Sequence[tuple[str, Any]]) -> str:
     every = max(1, -(-len(files) // _MOST_FILES))
     digest = hashlib.sha256(repr(about).encode())
     for place, ((name, path), size) in enumerate(zip(files, sizes, strict=True)):
-        digest.update(f"\n{name}\n{size}\n".encode())
+        digest.update(f"\n{name}\n{size}\n".encode(errors="surrogateescape"))
         if whole or place % every == 0:
             for part in _parts(path, size, whole=whole):
                 digest.update(part)

@@ -151,6 +151,12 @@ def _check_classes(
             f"{root} has no sub-folders: put the images of each class into a sub-folder named "
             "after the class"
         )
+    for name in names:
+        if os.fsencode(name).decode(errors="replace") != name:
+            raise ValueError(
+                f"the sub-folder {name!r} of {root} would be a class, but its name is not text in "
+                "UTF-8: rename it"
+            )
     counts = {
         name: sum(len(classes.get(name, ())) for classes in classes_of.values()) for name in names
     }
@@ -196,7 +202,8 @@ def _mixed(classes: dict[str, list[str]]) -> tuple[str, ...]:
 
 
 def _digest(purpose: str, file: str) -> bytes:
-    return hashlib.sha256(_nfc(f"{purpose}/{file}").encode()).digest()
+    text = _nfc(f"{purpose}/{file}")
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()  # names may be any bytes
 
 
 def _nfc(text: str) -> str:

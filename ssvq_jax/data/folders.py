@@ -154,7 +154,7 @@ def _layout(root: Path) -> Layout:
     """Reads the layout of a folder, and warns of files that it passes over."""
     layout = read_layout(root)
     if layout.passed_over:
-        warnings.warn(layout.passed_over, stacklevel=3)
+        warnings.warn(layout.passed_over, stacklevel=1)  # from here: Python shows it once
     return layout
 
 

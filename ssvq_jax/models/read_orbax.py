@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 _STEP = re.compile(r"(?:.*_)?\d+")  # folders of a checkpoint manager: 100, step_100, 00000100
 _COLLECTIONS = ("params", "batch_stats")
@@ -29,18 +30,22 @@ def read_orbax(folder: Path) -> Any:
     place = _find(folder)
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(place.absolute())
-        tree = metadata.item_metadata.tree
-        part, variables = _find_variables(tree)
-        wanted = _only_arrays(variables)
-        if not jax.tree.leaves(wanted):
-            raise ValueError(f"{place} holds no arrays")
+        part, variables = _choose(metadata.item_metadata.tree, place)
         where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever wrote them
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
-        template = template if part is None else {part: template}
-        how = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=where), template)
-        options = ocp.args.PyTreeRestore(item=template, restore_args=how, partial_restore=True)
+        on_device = ocp.ArrayRestoreArgs(sharding=where)
+        how = jax.tree.map(
+            lambda leaf: on_device if _is_array(leaf) else ocp.RestoreArgs(), variables
+        )
+        options = ocp.args.PyTreeRestore(
+            item=_wrap(variables, part), restore_args=_wrap(how, part), partial_restore=True
+        )
         found: Any = checkpointer.restore(place.absolute(), args=options)
-    return found if part is None else found[part]
+    for name in part:
+        found = found[name]
+    arrays = jax.tree.map(_as_array, variables, found)
+    if not jax.tree.leaves(arrays):
+        raise ValueError(f"{place} holds no arrays")
+    return arrays
 
 
 def _find(folder: Path) -> Path:
@@ -63,28 +68,52 @@ def _holds_tree(folder: Path) -> bool:
     return (folder / "_METADATA").is_file()
 
 
-def _find_variables(tree: Any) -> tuple[str | None, Any]:
-    """The collections of a model, and the name of the part of the tree that has them."""
+def _choose(tree: Any, place: Path) -> tuple[tuple[str, ...], Any]:
+    """Finds the part of a checkpoint that has the collections of a model, and these."""
+    found = _parts(tree)
     if not isinstance(tree, Mapping):
-        return None, tree
-    parts: dict[str | None, Any] = {None: tree, **tree}
-    found = {
-        name: {key: part[key] for key in _COLLECTIONS if part.get(key) is not None}
-        for name, part in parts.items()
-        if isinstance(part, Mapping) and "params" in part
-    }
-    if None in found:
-        return None, found[None]
-    return next(iter(found.items())) if len(found) == 1 else (None, tree)
+        return (), tree
+    if not found:  # parameters alone, perhaps with the number of the step beside them
+        return (), {name: part for name, part in tree.items() if not _is_integer(part)}
+    depth = min(map(len, found))
+    nearest = [part for part in found if len(part) == depth]
+    if len(nearest) > 1:
+        names = ", ".join("/".join(part) for part in nearest)
+        raise ValueError(
+            f"{place} has parameters in several parts, {names}: save the one you mean by itself"
+        )
+    for name in nearest[0]:
+        tree = tree[name]
+    return nearest[0], {name: tree[name] for name in _COLLECTIONS if tree.get(name) is not None}
 
 
-def _only_arrays(tree: Any) -> Any:
-    """Leaves numbers and texts out."""
-    if isinstance(tree, Mapping):
-        kept = {name: _only_arrays(part) for name, part in tree.items()}
-        return {name: part for name, part in kept.items() if part is not None}
-    if isinstance(tree, list | tuple):
-        return [part for part in map(_only_arrays, tree) if part is not None]
+def _parts(tree: Any, where: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where a tree has parameters, each as the names that lead to it."""
+    if not isinstance(tree, Mapping):
+        return []
+    if "params" in tree:
+        return [where]
+    return [part for name in tree for part in _parts(tree[name], (*where, name))]
+
+
+def _wrap(tree: Any, part: tuple[str, ...]) -> Any:
+    for name in reversed(part):
+        tree = {name: tree}
+    return tree
+
+
+def _is_array(leaf: Any) -> bool:
     from orbax.checkpoint.metadata import ArrayMetadata
 
-    return tree if type(tree) is ArrayMetadata else None  # numbers have a type derived from it
+    return type(leaf) is ArrayMetadata  # numbers have a type derived from it
+
+
+def _is_integer(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and leaf.shape == () and jax.numpy.issubdtype(leaf.dtype, int)
+
+
+def _as_array(metadata: Any, leaf: Any) -> Any:
+    """Makes arrays of numbers; leaves texts out."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    return np.asarray(leaf, metadata.dtype) if hasattr(metadata, "dtype") else None

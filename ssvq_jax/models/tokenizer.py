@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsInt
 
 from ssvq_jax.atomic import replace_text
+from ssvq_jax.json_files import read_json, read_text
 from ssvq_jax.models.gguf_file import INSTALL, GgufFile
 
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -84,9 +85,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     package = _tokenizers()
     try:
-        inner = package.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        inner = package.Tokenizer.from_str(read_text(file))
         beside = file.with_name("tokenizer_config.json")
-        told = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        told = read_json(beside) if beside.exists() else {}
     except Exception as error:  # the package raises bare ones
         raise ValueError(
             f"{file} cannot be read as a tokenizer ({error}): give a tokenizer.json, a model's "

@@ -13,6 +13,8 @@ from ssvq_jax.models.read_orbax import read_orbax
 from ssvq_jax.models.tensor_files import PICKLED, is_tensors, load_tensors
 from ssvq_jax.models.variables import paths_of
 
+_COLLECTIONS = ("params", "batch_stats")
+
 
 def load_weights(path: Path) -> dict[str, Any]:
     """Reads the variables of a model.
@@ -54,8 +56,10 @@ def load_weights(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds a {type(tree).__name__}, not a tree of parameters")
     if "params" not in tree:
         return {"params": tree}
-    collections = ("params", "batch_stats")
-    return {name: tree[name] for name in collections if tree.get(name) is not None}
+    inner = tree["params"]
+    if isinstance(inner, Mapping) and "params" in inner and set(inner) <= set(_COLLECTIONS):
+        tree = inner  # a training state that was made with `params=variables`
+    return {name: tree[name] for name in _COLLECTIONS if tree.get(name) is not None}
 
 
 def fit_weights(

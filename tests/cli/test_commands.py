@@ -426,6 +426,8 @@ def test_classes_that_change_places_are_noticed(ssvq, project):
         ssvq(*train)
     with pytest.warns(UserWarning, match=r"files of ./swapped are not those that runs/swapped was"):
         ssvq("eval", "--weights", "runs/swapped", "--out", "runs/swapped-judged")
+    with pytest.warns(UserWarning, match=r"not those that runs/swapped/model.safetensors was"):
+        ssvq("eval", "--weights", "runs/swapped/model.safetensors", "--data", "./swapped")
 
 
 def test_an_unfinished_run_says_so(trained, ssvq, project):

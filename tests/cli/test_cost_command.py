@@ -162,6 +162,10 @@ def test_a_packed_file_counts_the_bytes_that_it_holds(tmp_path, capsys):
         (["--model", "deit_tiny", "--against", "int9"], "or one of ['float16', 'float32', 'int4'"),
         (["--model", "deit_tiny", "--recipe", "ssvq-21x-scanned"], "match no leaf"),
         (["--model", "deit_tiny", "--image-size", "-1"], "images of size -1"),
+        (
+            ["--model", "resnet18", "--image-size", "1000000000"],
+            "with --batch 1 and images of 1000000000 x 1000000000 (--image-size): product 'conv1",
+        ),
         (["--weights", "nothing.safetensors"], "nothing.safetensors"),
     ],
 )

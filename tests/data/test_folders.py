@@ -1,8 +1,11 @@
 """Tests of image folders: layouts, splits, classes, what is refused."""
 
+import os
 import pathlib
 import pickle
 import shutil
+import sys
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,6 +105,28 @@ def test_a_fingerprint_is_of_names_classes_and_contents(flat: pathlib.Path):
         found = folders.folder_fingerprint(flat)
         assert found not in seen, change
         seen.add(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_file_names_may_be_any_bytes_but_classes_are_text(flat: pathlib.Path):
+    before = folders.folder_fingerprint(flat)
+    name = next((flat / "b").iterdir()).name
+    (flat / "b" / name).rename(flat / "b" / os.fsdecode(b"caf\xe9.png"))
+    assert sum(folders.folder_splits(flat).values()) == 24
+    assert folders.folder_fingerprint(flat) != before
+    (flat / "b").rename(flat / os.fsdecode(b"b\xf6"))
+    with pytest.raises(ValueError, match=r"sub-folder 'b.udcf6' of .* is not text in UTF-8"):
+        folders.folder_splits(flat)
+
+
+def test_passed_over_files_are_reported_once(flat: pathlib.Path):
+    (flat / "b" / "note.txt").write_text("woof")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        folders.folder_splits(flat)
+        folders.folder_fingerprint(flat)
+        data.open_folder(flat, "train")
+    assert [str(one.message).split(" are ")[0] for one in shown] == [f"1 files in {flat}"]
 
 
 def test_large_sets_are_sampled(flat: pathlib.Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from flax import serialization
 from safetensors.numpy import save_file
 
 from ssvq_jax.models import LoadedModel, fit_weights, load_model, load_tensors, load_weights
+from ssvq_jax.models.variables import paths_of
 
 SOURCE = """
 import flax.linen as nn
@@ -223,6 +224,8 @@ def test_training_states_of_orbax_are_read_whatever_lies_beside(tmp_path):
         checkpointer.save(tmp_path / "tree", TREE | extra)
         checkpointer.save(tmp_path / "nested", {"model": TREE, "step": 3})
         checkpointer.save(tmp_path / "bare", TREE["params"] | {"step": 3})
+        checkpointer.save(tmp_path / "deep", {"a": {"b": TREE | extra}, "c": {"d": {"e": TREE}}})
+        checkpointer.save(tmp_path / "variables", {"state": {"params": TREE}, "step": 3})
     ocp.save(str(tmp_path / "v1"), TREE | {"step": 3})
     for name, options in (
         ("plain", v0.CheckpointManagerOptions()),
@@ -231,10 +234,44 @@ def test_training_states_of_orbax_are_read_whatever_lies_beside(tmp_path):
         with v0.CheckpointManager(tmp_path / name, options=options) as manager:
             manager.save(5, args=v0.args.StandardSave(TREE | {"step": 3}))
     for name in (
-        "tree", "nested", "bare", "v1", "plain", "plain/5", "plain/5/default", "prefixed",
-        "prefixed/ckpt_5", "prefixed/ckpt_5/default",
+        "tree", "nested", "bare", "deep", "variables", "v1", "plain", "plain/5", "plain/5/default",
+        "prefixed", "prefixed/ckpt_5", "prefixed/ckpt_5/default",
     ):  # fmt: skip
         chex.assert_trees_all_equal(load_weights(tmp_path / name), TREE)
+
+
+def test_odd_leaves_of_orbax_keep_their_places(tmp_path):
+    params = {
+        "blocks": [np.ones(2, np.float32), None, "text", {"w": np.zeros(3, np.float32)}],
+        "scale": np.float32(1.5),
+        "rate": 2.5,
+        "count": 3,
+        "none": None,
+        "empty": {},
+    }
+    with v0.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "all", {"params": params, "batch_stats": {"n": 7}})
+        checkpointer.save(tmp_path / "params", params)
+    found = paths_of(load_weights(tmp_path / "all"))
+    assert {path: np.asarray(leaf).tolist() for path, leaf in found.items()} == {
+        "batch_stats/n": 7,
+        "params/blocks/0": [1, 1],
+        "params/blocks/3/w": [0, 0, 0],
+        "params/count": 3,
+        "params/rate": 2.5,
+        "params/scale": 1.5,
+    }
+    assert found["params/scale"].dtype == np.float32
+    assert sorted(paths_of(load_weights(tmp_path / "params"))) == [
+        "params/blocks/0", "params/blocks/3/w", "params/rate", "params/scale",
+    ]  # fmt: skip
+
+
+def test_parts_with_parameters_are_named(tmp_path):
+    with v0.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "two", {"state": TREE, "ema": TREE, "step": 3})
+    with pytest.raises(ValueError, match="parameters in several parts, ema, state: save the one"):
+        load_weights(tmp_path / "two")
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")

@@ -77,7 +77,8 @@ def test_gguf_agrees_with_tokenizer_json(rule, tmp_path):
     inner = train(rule)
     inner.save(str(tmp_path / "tokenizer.json"))
     settings = {"eos_token": {"content": "<|im_end|>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    marked = "\ufeff" + json.dumps(settings)  # as editors on Windows save it
+    (tmp_path / "tokenizer_config.json").write_text(marked, encoding="utf-8")
     write(tmp_path / "x.gguf", inner, rule=rule)
     ours, theirs = load_tokenizer(tmp_path / "x.gguf"), load_tokenizer(tmp_path)
     for found in (ours, theirs):
